@@ -1,0 +1,202 @@
+"""The one place that starts processes: tools that end, machines that stay."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pytest_smolvm.errors import SmolVMError
+from pytest_smolvm.hostloop import call_on_host_loop
+
+
+@dataclass(frozen=True)
+class ProcessIdentity:
+    """A process that cannot be mistaken for a later one with the same number."""
+
+    pid: int
+    start_ticks: int
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessIdentity | None:
+        """The process that has this number now; None: there is none, or no way to tell."""
+        try:
+            text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        except OSError:
+            return None
+        # The second field, in parentheses, may itself hold spaces: proc(5).
+        fields = text.rpartition(")")[2].split()
+        if fields[0] in "ZX":
+            return None
+        return cls(pid, int(fields[19]))
+
+    def is_alive(self) -> bool:
+        return ProcessIdentity.of(self.pid) == self
+
+    def kill(self) -> None:
+        """SIGKILL it, if it is still the same process."""
+        if self.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+
+class ToolError(SmolVMError):
+    """A host tool is missing, failed or did not end; carries what it printed."""
+
+
+def find_tool(name: str, package: str) -> str:
+    """The full path of host tool ``name``, or an error that names its Debian package.
+
+    Administrators' tools (mkfs and the like) are found although an ordinary
+    user's PATH leaves their folders out.
+    """
+    path = os.environ.get("PATH", os.defpath)
+    found = shutil.which(name, path=f"{path}:/usr/sbin:/sbin")
+    if found is None:
+        raise ToolError(
+            f"{name!r} is not installed, or not on PATH; on Debian: apt-get install {package}",
+            {"tool": name, "package": package},
+        )
+    return found
+
+
+def run_tool(
+    argv: Sequence[str],
+    *,
+    timeout_s: float,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    stdin: bytes = b"",
+) -> str:
+    """Run a host tool to its end and return its standard output.
+
+    A tool that fails or outlives ``timeout_s`` is a ``ToolError`` with its output.
+    """
+    try:
+        done = subprocess.run(
+            list(argv),
+            cwd=cwd,
+            env=None if env is None else {**os.environ, **env},
+            input=stdin,
+            capture_output=True,
+            timeout=timeout_s,
+            check=False,
+            # Ctrl-C is for us: we end the tool ourselves, and clean up after it.
+            start_new_session=True,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ToolError(
+            f"{shlex.join(argv)} did not end within {timeout_s:g} s",
+            {"argv": list(argv), "output": _text(error.stdout) + _text(error.stderr)},
+        ) from None
+    except OSError as error:
+        raise ToolError(
+            f"{argv[0]} could not be started: {error.strerror}", {"argv": list(argv)}
+        ) from error
+    stdout, stderr = _text(done.stdout), _text(done.stderr)
+    if done.returncode != 0:
+        raise ToolError(
+            f"{shlex.join(argv)} failed with exit status {done.returncode}:\n"
+            f"{(stderr or stdout).strip()[-4000:]}",
+            {"argv": list(argv), "exit_status": done.returncode, "output": stdout + stderr},
+        )
+    return stdout
+
+
+def _text(data: bytes | str | None) -> str:
+    return data.decode(errors="replace") if isinstance(data, bytes) else data or ""
+
+
+class MachineProcess:
+    """A long-lived child that the kernel kills when this process ends, however it ends."""
+
+    def __init__(self, argv: Sequence[str], *, cwd: Path, log: Path, pass_fds: Sequence[int]):
+        self.argv = list(argv)
+        self._log = log
+        with log.open("wb") as output:
+            self._popen = call_on_host_loop(
+                lambda: subprocess.Popen(
+                    [*_die_with_parent(), *argv],
+                    cwd=cwd,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=tuple(pass_fds),
+                    # A terminal's Ctrl-C and hang-up reach whole process groups; the
+                    # machine must outlive them for as long as its owner tears down.
+                    start_new_session=True,
+                )
+            )
+        self.pid = self._popen.pid
+
+    def poll(self) -> int | None:
+        """Its exit status (negative: the signal that killed it), or None while it runs."""
+        return self._popen.poll()
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Like ``poll``, after waiting for its end for at most ``timeout_s`` seconds."""
+        if self._popen.poll() is None and hasattr(os, "pidfd_open"):
+            try:
+                pidfd = os.pidfd_open(self.pid)
+            except OSError:
+                pass  # an old kernel, or a strict sandbox: wait() below polls
+            else:
+                try:
+                    select.select([pidfd], [], [], max(0.0, timeout_s))
+                finally:
+                    os.close(pidfd)
+                return self._popen.poll()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._popen.wait(max(0.0, timeout_s))
+        return None
+
+    def kill(self) -> None:
+        """End it at once, and see it ended."""
+        if self.poll() is None:
+            self._popen.kill()
+        if self.wait(30) is None:
+            raise SmolVMError(
+                f"process {self.pid} did not end within 30 s of SIGKILL: it hangs in the kernel, "
+                f"most likely on its disk; look at /proc/{self.pid}/stack",
+                {"pid": self.pid, "argv": self.argv},
+            )
+
+    def output_tail(self, limit: int = 4000) -> str:
+        """The last ``limit`` bytes of what it printed, as text."""
+        try:
+            with self._log.open("rb") as log:
+                size = log.seek(0, os.SEEK_END)
+                log.seek(max(0, size - limit))
+                return log.read().decode(errors="replace").strip()
+        except FileNotFoundError:
+            return ""
+
+
+def _die_with_parent() -> list[str]:
+    # util-linux's setpriv makes the prctl(PR_SET_PDEATHSIG) call and becomes the
+    # command: no code runs between fork and exec in a threaded Python.
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
+
+
+class Deadline:
+    """A moment that a wait must not pass."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._end = time.monotonic() + timeout_s
+
+    def remaining_s(self) -> float:
+        """Seconds left, never below 0."""
+        return max(0.0, self._end - time.monotonic())
+
+    def passed(self) -> bool:
+        return time.monotonic() >= self._end
