@@ -304,6 +304,11 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write a cache file for ``read_json``."""
+    write_atomically(path, json.dumps(value).encode())
+
+
 _stores: dict[tuple[int, Path], Store] = {}
 
 

@@ -1,0 +1,78 @@
+"""choose(): which backend and accelerator really work on this host."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from pytest_smolvm.backends.accelerators import AcceleratorReport, report_accelerator
+from pytest_smolvm.backends.base import Backend
+from pytest_smolvm.backends.firecracker import refuse_firecracker
+from pytest_smolvm.backends.qemu import QemuBackend
+from pytest_smolvm.backends.qemu_args import ARCHITECTURES, Architecture
+from pytest_smolvm.errors import BackendError
+from pytest_smolvm.process import ToolError, find_tool
+from pytest_smolvm.store import Store
+
+logger = logging.getLogger(__name__)
+
+ACCELERATORS = ("auto", "kvm", "hvf", "tcg")
+
+
+def host_architecture() -> Architecture:
+    """The guest architecture that matches this host."""
+    machine = os.uname().machine
+    machine = {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine)
+    try:
+        return ARCHITECTURES[machine]
+    except KeyError:
+        raise BackendError(
+            f"hosts of the kind {machine!r} are not supported: use one of "
+            f"{', '.join(ARCHITECTURES)}",
+            {"machine": machine},
+        ) from None
+
+
+def choose(store: Store, backend: str | None = None, accelerator: str = "auto") -> Backend:
+    """The backend to use; ``backend`` and ``accelerator`` narrow the choice.
+
+    Raises ``BackendError`` that says what is missing where nothing fits.
+    """
+    if accelerator not in ACCELERATORS:
+        raise BackendError(
+            f"there is no accelerator {accelerator!r}: use one of {', '.join(ACCELERATORS)}"
+        )
+    architecture = host_architecture()
+    if backend == "firecracker":
+        try:
+            qemu = find_tool(architecture.binary, architecture.package)
+        except ToolError as error:
+            kvm = AcceleratorReport(
+                "kvm", usable=False, reason=f"it cannot be tried without QEMU: {error.message}"
+            )
+        else:
+            kvm = report_accelerator("kvm", store, qemu, architecture)
+        raise refuse_firecracker(kvm)
+    if backend not in (None, "auto", "qemu"):
+        raise BackendError(
+            f"there is no backend {backend!r}: use 'qemu', 'firecracker', 'auto' or None"
+        )
+    try:
+        qemu = find_tool(architecture.binary, architecture.package)
+    except ToolError as error:
+        raise BackendError(f"no VM can run here: {error.message}", {"backend": "qemu"}) from error
+    native = "hvf" if sys.platform == "darwin" else "kvm"
+    candidates = [native, "tcg"] if accelerator == "auto" else [accelerator]
+    reasons = []
+    for name in candidates:
+        report = report_accelerator(name, store, qemu, architecture)
+        if report.usable:
+            logger.debug("accelerator %s%s", name, "".join(f"; {reason}" for reason in reasons))
+            return QemuBackend(qemu, architecture, name)
+        reasons.append(f"not {name}: {report.reason}")
+    raise BackendError(
+        f"the accelerator {accelerator!r} cannot be used here: {'; '.join(reasons)}. "
+        "'auto' falls back to emulation.",
+        {"accelerator": accelerator, "reasons": reasons},
+    )

@@ -1,0 +1,123 @@
+"""What a backend is: it starts one machine, and works it. It knows no tests and no SSH."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from pytest_smolvm.config import Network
+from pytest_smolvm.disks import Disk
+from pytest_smolvm.process import Deadline
+
+
+@dataclass(frozen=True)
+class MachineSpec:
+    """One machine to start, all questions answered."""
+
+    vm_id: str
+    directory: Path
+    """Where the machine may keep files of its own; 0700."""
+    kernel: Path
+    initrd: Path | None
+    boot_args: str
+    """What kind of boot is asked for; see ``VMConfig.boot_args``."""
+    vcpu_count: int
+    mem_size_mib: int
+    disk: Disk
+    network: Network
+    accelerator: str
+    """Which accelerator was seen to run a guest here."""
+    console: Path
+    """The file that takes what the guest writes to its console."""
+    machine_log: Path
+    """The file that takes what the emulator itself prints."""
+
+
+@dataclass(frozen=True)
+class MachineEnd:
+    """How a machine ended. ``exit_status`` is negative for a signal's number."""
+
+    exit_status: int
+    output: str
+    """The last of what the emulator printed."""
+    reason: str = ""
+    """Why the guest stopped, in the backend's words; empty: it did not say."""
+    command_line: list[str] = field(default_factory=list)
+
+    @property
+    def by_guest(self) -> bool:
+        """Whether the guest switched itself off, as asked."""
+        return self.exit_status == 0 and self.reason == "guest-shutdown"
+
+
+class Machine(Protocol):
+    """A machine that was started."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def command_line(self) -> list[str]: ...
+
+    @property
+    def ssh_address(self) -> tuple[str, int]:
+        """Where the guest's port 22 is reached from this host."""
+        ...
+
+    def poll(self) -> MachineEnd | None:
+        """How it ended, or None while it runs. Never waits."""
+        ...
+
+    def wait(self, timeout_s: float) -> MachineEnd | None:
+        """Like ``poll``, after waiting for its end for at most ``timeout_s`` seconds."""
+        ...
+
+    def booted(self) -> None:
+        """The guest answers: from now on its reboots are its own business.
+
+        Until then a guest that resets (a panic, mostly) ends the machine.
+        """
+        ...
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def press_power_button(self) -> None:
+        """Ask the guest to switch itself off; it may ignore that."""
+        ...
+
+    def reset(self) -> None:
+        """Like the reset button: nothing in the guest is asked."""
+        ...
+
+    def wait_for_reset(self, since: int, deadline: Deadline) -> bool:
+        """Whether the machine was reset more than ``since`` times before the deadline."""
+        ...
+
+    @property
+    def resets(self) -> int:
+        """How many times the machine was reset, by the guest or from here."""
+        ...
+
+    def forward(self, guest_port: int, host_port: int) -> int:
+        """Let 127.0.0.1:``host_port`` (0: any) lead to the guest's port; returns the port."""
+        ...
+
+    def unforward(self, host_port: int) -> None: ...
+
+    def kill(self) -> None:
+        """End it now. The guest loses what it had not written to its disk."""
+        ...
+
+
+class Backend(Protocol):
+    """A way to run machines on this host."""
+
+    name: str
+    accelerator: str
+
+    def launch(self, spec: MachineSpec, deadline: Deadline) -> Machine:
+        """Start a machine; it boots on while this returns. Raises ``BackendError``."""
+        ...

@@ -1,0 +1,112 @@
+"""QMP for synchronous callers: QEMU's monitor over a socket pair that only we hold."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, QMPClient, QMPError
+
+from pytest_smolvm.errors import BackendError, OperationTimeoutError
+from pytest_smolvm.hostloop import await_result
+from pytest_smolvm.process import Deadline
+
+COMMAND_TIMEOUT_S = 30.0
+
+
+class Monitor:
+    """The monitor of one QEMU process; remembers the events that explain its end."""
+
+    def __init__(self, name: str) -> None:
+        self._client = QMPClient(name)
+        self._listener = EventListener(names={"SHUTDOWN", "RESET", "GUEST_PANICKED"})
+        self._watcher: asyncio.Task[None] | None = None
+        self._changed: asyncio.Condition | None = None
+        self.version = ""
+        self.shutdown_reason = ""
+        self.resets = 0
+
+    def connect(self, our_end: socket.socket, timeout_s: float) -> None:
+        """Greet QEMU at the other end. Raises ``ConnectionError`` if it is gone."""
+
+        async def connect() -> None:
+            self._changed = asyncio.Condition()
+            self._client.register_listener(self._listener)
+            await self._client.connect(our_end)
+            self._watcher = asyncio.create_task(self._watch())
+
+        try:
+            await_result(connect(), operation="greeting QEMU's monitor", timeout_s=timeout_s)
+        except (QMPError, OSError, EOFError) as error:
+            raise ConnectionError(str(error)) from error
+        greeting = self._client.greeting
+        if greeting is not None:
+            version = greeting._asdict()["QMP"]["version"]["qemu"]
+            self.version = f"{version['major']}.{version['minor']}.{version['micro']}"
+
+    async def _watch(self) -> None:
+        assert self._changed is not None  # noqa: S101 - set before this task starts
+        async for event in self._listener:
+            data = event.get("data") or {}
+            async with self._changed:
+                if event["event"] == "RESET":
+                    self.resets += 1
+                elif event["event"] == "SHUTDOWN":
+                    self.shutdown_reason = str(data.get("reason", ""))
+                self._changed.notify_all()
+
+    def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        timeout_s: float = COMMAND_TIMEOUT_S,
+    ) -> Any:
+        """Run a QMP command and return its result.
+
+        QEMU's refusal is a ``BackendError``; so is a monitor that is gone.
+        """
+        try:
+            return await_result(
+                self._client.execute(command, dict(arguments or {})),
+                operation=f"QEMU's monitor command {command}",
+                timeout_s=timeout_s,
+            )
+        except ExecuteError as error:
+            raise BackendError(f"QEMU refused {command}: {error}") from error
+        except (ExecInterruptedError, QMPError, OSError) as error:
+            raise BackendError(f"QEMU's monitor is gone, at {command}: {error}") from error
+
+    def human(self, command_line: str) -> str:
+        """Run a command of the human monitor, for the few things that QMP lacks."""
+        return str(self.execute("human-monitor-command", {"command-line": command_line}))
+
+    def wait_for_reset(self, since: int, deadline: Deadline) -> bool:
+        """Wait until the machine was reset more than ``since`` times, or the deadline."""
+
+        async def wait() -> None:
+            assert self._changed is not None  # noqa: S101 - connected
+            async with self._changed:
+                await self._changed.wait_for(lambda: self.resets > since)
+
+        try:
+            await_result(
+                wait(), operation="the machine's reset", timeout_s=deadline.remaining_s()
+            )
+        except OperationTimeoutError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Hang up and let the tasks end; a QEMU that is gone already is no error."""
+
+        async def close() -> None:
+            with contextlib.suppress(QMPError, OSError, EOFError):
+                await self._client.disconnect()
+            if self._watcher is not None:
+                self._watcher.cancel()
+                await asyncio.gather(self._watcher, return_exceptions=True)
+
+        await_result(close(), operation="closing QEMU's monitor", timeout_s=COMMAND_TIMEOUT_S)

@@ -1,0 +1,251 @@
+"""The inside of a VM: one kept SSH connection, and what is done over it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import paramiko
+
+from pytest_smolvm import command as commands
+from pytest_smolvm import envvars, ssh, transfer
+from pytest_smolvm.command import CommandResult, Shell
+from pytest_smolvm.config import check_env_vars
+from pytest_smolvm.errors import OperationTimeoutError, SmolVMError
+from pytest_smolvm.process import Deadline
+
+DEFAULT_COMMAND_TIMEOUT_S = 30.0
+_TRANSFER_TIMEOUT_S = 600.0
+_RECONNECT_TIMEOUT_S = 30.0
+_POLL_S = 0.05
+_DEATH_GRACE_S = 1.0
+_LISTEN_STATE = "0A"  # include/net/tcp_states.h
+
+
+class Guest:
+    """Commands and files in one guest, over one connection that is kept and renewed.
+
+    ``check_usable`` raises when the machine cannot be talked to (ended, paused),
+    after giving a dying one so many seconds to be seen dead.
+    """
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        login: ssh.Login,
+        check_usable: Callable[[float], None],
+    ) -> None:
+        self._address = address
+        self._login = login
+        self._check_usable = check_usable
+        self._transport: paramiko.Transport | None = None
+        self._guard = threading.RLock()
+
+    def connect(self, deadline: Deadline) -> float:
+        """Wait for the SSH server and log in; returns when the banner came (monotonic)."""
+        with self._guard:
+            connected = ssh.connect(self._address, self._login, deadline, lambda: self._check_usable(0))
+            self.disconnect()
+            self._transport = connected.transport
+            return connected.banner_at
+
+    def disconnect(self) -> None:
+        with self._guard:
+            if self._transport is not None:
+                self._transport.close()
+                self._transport = None
+
+    def run(
+        self,
+        command: str | Sequence[str],
+        timeout: float = DEFAULT_COMMAND_TIMEOUT_S,
+        *,
+        shell: Shell = "login",
+        check: bool = False,
+        input: str | bytes | None = None,  # noqa: A002 - subprocess.run's name for it
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> CommandResult:
+        """See ``SmolVM.run``."""
+        if timeout <= 0:
+            raise SmolVMError(f"timeout={timeout!r} is not valid: give seconds above 0")
+        with self._renewed_on_loss(f"the command {command!r}"):
+            result = commands.run(
+                self._live_transport(timeout),
+                command,
+                timeout,
+                shell=shell,
+                input=input,
+                cwd=cwd,
+                env=env,
+            )
+        return result.check() if check else result
+
+    def put(self, local: str | Path, remote: str, timeout: float) -> None:
+        transfer.put(self._executor(f"put {local} to {remote}", timeout), Path(local), remote)
+
+    def get(self, remote: str, local: str | Path, timeout: float) -> None:
+        transfer.get(self._executor(f"get {remote}", timeout), remote, Path(local))
+
+    def read_text(self, path: str) -> str:
+        chunks: list[bytes] = []
+        run = self._executor(f"read {path}", _TRANSFER_TIMEOUT_S)
+        run(f"cat {commands.shell_line([path])}", None, chunks.append)
+        try:
+            return b"".join(chunks).decode()
+        except UnicodeDecodeError as error:
+            raise SmolVMError(
+                f"{path} in the guest is not UTF-8 text ({error.reason} at byte {error.start}): "
+                "use get() for other data"
+            ) from None
+
+    def write_text(self, path: str, text: str) -> None:
+        run = self._executor(f"write {path}", _TRANSFER_TIMEOUT_S)
+        run(transfer.write_line(path, "", None), text.encode(), bytes)
+
+    def list_env_vars(self) -> dict[str, str]:
+        quoted = commands.shell_line([envvars.ENV_FILE])
+        chunks: list[bytes] = []
+        run = self._executor("read the environment file", DEFAULT_COMMAND_TIMEOUT_S)
+        run(f"[ ! -e {quoted} ] || cat {quoted}", None, chunks.append)
+        return envvars.parse(b"".join(chunks).decode(errors="replace"))
+
+    def set_env_vars(self, variables: Mapping[str, str], *, merge: bool = True) -> list[str]:
+        try:
+            wanted = check_env_vars(variables)
+        except (ValueError, AttributeError) as error:
+            raise SmolVMError(str(error)) from None
+        if merge:
+            wanted = {**self.list_env_vars(), **wanted}
+        self._write_env_vars(wanted)
+        return sorted(wanted)
+
+    def unset_env_vars(self, keys: Sequence[str]) -> dict[str, str]:
+        names = [keys] if isinstance(keys, str) else list(keys)
+        present = self.list_env_vars()
+        removed = {name: present.pop(name) for name in names if name in present}
+        if removed:
+            self._write_env_vars(present)
+        return removed
+
+    def _write_env_vars(self, variables: Mapping[str, str]) -> None:
+        file = commands.shell_line([envvars.ENV_FILE])
+        folder = commands.shell_line([envvars.ENV_FILE.rpartition("/")[0]])
+        new = commands.shell_line([f"{envvars.ENV_FILE}.new"])
+        # Moved into place: a login that comes in between sees the old or the new.
+        run = self._executor("write the environment file", DEFAULT_COMMAND_TIMEOUT_S)
+        run(
+            f"mkdir -p {folder} && cat > {new} && chmod 644 {new} && mv {new} {file}",
+            envvars.render(variables).encode(),
+            bytes,
+        )
+
+    def wait_until(
+        self, command: str | Sequence[str], timeout: float, interval: float = _POLL_S
+    ) -> CommandResult:
+        """See ``SmolVM.wait_until``."""
+        deadline = Deadline(timeout)
+        result: CommandResult | None = None
+        while True:
+            try:
+                result = self.run(command, max(0.001, deadline.remaining_s()))
+            except OperationTimeoutError as error:
+                raise OperationTimeoutError(
+                    f"waiting until {command!r} succeeds",
+                    timeout,
+                    f"the last try did not end: {error.message}",
+                    stdout=error.stdout,
+                    stderr=error.stderr,
+                ) from None
+            if result.ok:
+                return result
+            if deadline.remaining_s() <= interval:
+                raise OperationTimeoutError(
+                    f"waiting until {command!r} succeeds",
+                    timeout,
+                    f"last try: {result.describe()}",
+                    stdout=result.stdout,
+                    stderr=result.stderr,
+                )
+            time.sleep(interval)
+
+    def wait_for_port(self, guest_port: int, timeout: float) -> None:
+        """See ``SmolVM.wait_for_port``."""
+        deadline = Deadline(timeout)
+        while True:
+            # The kernel's own table: nothing is sent to the service that is waited for.
+            tables = self.run(
+                "cat /proc/net/tcp /proc/net/tcp6 2>/dev/null",
+                max(0.001, deadline.remaining_s()),
+                shell="raw",
+            ).stdout
+            ports = listening_ports(tables)
+            if guest_port in ports:
+                return
+            if deadline.remaining_s() <= _POLL_S:
+                raise OperationTimeoutError(
+                    f"waiting for port {guest_port} in the guest",
+                    timeout,
+                    f"at the last try, ports in use were {sorted(ports) or 'none'}",
+                    {"guest_port": guest_port, "listening": sorted(ports)},
+                )
+            time.sleep(_POLL_S)
+
+    def _live_transport(self, timeout_s: float) -> paramiko.Transport:
+        self._check_usable(0)
+        with self._guard:
+            if self._transport is None or not self._transport.is_active():
+                self.connect(Deadline(min(timeout_s, _RECONNECT_TIMEOUT_S)))
+            assert self._transport is not None  # noqa: S101 - connect() set it
+            return self._transport
+
+    def _executor(self, operation: str, timeout_s: float) -> transfer.Execute:
+        def execute(
+            line: str, stdin: bytes | None, on_stdout: Callable[[bytes], object]
+        ) -> None:
+            errors = bytearray()
+            with self._renewed_on_loss(operation):
+                status = commands.execute(
+                    self._live_transport(timeout_s),
+                    line,
+                    deadline=Deadline(timeout_s),
+                    stdin=stdin,
+                    on_stdout=on_stdout,
+                    on_stderr=errors.extend,
+                )
+            if status != 0:
+                said = errors.decode(errors="replace").strip() or f"exit status {status}"
+                hint = (
+                    " (the disk of this VM is read-only: disk_mode='shared' lets many VMs use one "
+                    "image; use 'isolated' for a disk that can be written to)"
+                    if "Read-only file system" in said
+                    else ""
+                )
+                raise SmolVMError(f"{operation} in the guest failed: {said}{hint}")
+
+        return execute
+
+    @contextlib.contextmanager
+    def _renewed_on_loss(self, operation: str) -> Iterator[None]:
+        """A connection that breaks becomes an error that says why: often, a dead machine."""
+        try:
+            yield
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            self.disconnect()
+            self._check_usable(_DEATH_GRACE_S)
+            raise SmolVMError(
+                f"the SSH connection was lost during {operation}: {error or type(error).__name__}"
+            ) from error
+
+
+def listening_ports(tables: str) -> set[int]:
+    """The ports with a listener in the text of /proc/net/tcp and tcp6."""
+    ports = set()
+    for line in tables.splitlines():
+        fields = line.split()
+        if len(fields) > 3 and fields[3] == _LISTEN_STATE and ":" in fields[1]:
+            ports.add(int(fields[1].rpartition(":")[2], 16))
+    return ports

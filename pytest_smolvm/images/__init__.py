@@ -1,0 +1,1 @@
+"""Images: kernels and root disks, built once and cached."""

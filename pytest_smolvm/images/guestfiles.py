@@ -1,0 +1,123 @@
+"""The text files of a guest: what the initial RAM disk and the first process do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+# QEMU's user network hands every guest the same addresses.
+GUEST_ADDRESS = "10.0.2.15/24"
+GATEWAY = "10.0.2.2"
+NAME_SERVER = "10.0.2.3"
+
+
+def initrd_init(modules: Iterable[str]) -> str:
+    """``/init`` of the initial RAM disk: load the drivers, mount the root, hand over.
+
+    Debian's busybox finds its applets through /proc/self/exe, hence the full
+    path wherever /proc is not there yet, or there no more.
+    """
+    return f"""#!/bin/busybox sh
+/bin/busybox mount -t proc proc /proc
+mount -t devtmpfs dev /dev
+for module in {" ".join(modules)}; do
+    insmod "/modules/$module.ko"
+done
+root=/dev/vda
+init=/sbin/init
+flags=ro
+type=ext4
+read -r line < /proc/cmdline
+for argument in $line; do
+    case "$argument" in
+        root=*) root="${{argument#root=}}" ;;
+        init=*) init="${{argument#init=}}" ;;
+        rootfstype=*) type="${{argument#rootfstype=}}" ;;
+        rw) flags=rw ;;
+        ro) flags=ro ;;
+    esac
+done
+case "$root" in
+    LABEL=*|UUID=*) root="$(findfs "$root")" ;;
+esac
+tries=0
+while [ ! -b "$root" ] && [ "$tries" -lt 250 ]; do
+    tries=$((tries + 1))
+    usleep 20000
+done
+# A journal that needs replay cannot be replayed on a read-only disk: noload.
+mount -t "$type" -o "$flags" "$root" /root-disk 2> /dev/null ||
+    mount -t "$type" -o ro "$root" /root-disk 2> /dev/null ||
+    mount -t "$type" -o ro,noload "$root" /root-disk || {{
+        echo "smolvm: the root disk $root cannot be mounted as $type"
+        exit 1
+    }}
+if [ ! -x "/root-disk$init" ]; then
+    echo "smolvm: the root disk has no program $init to start"
+    exit 1
+fi
+mount --move /dev /root-disk/dev
+mount --move /proc /root-disk/proc
+exec /bin/busybox switch_root /root-disk "$init"
+"""
+
+
+MICRO_INIT = f"""#!/bin/busybox sh
+# The first process of the micro image: mounts, network, then busybox init,
+# which keeps the SSH server running (see /etc/inittab).
+export PATH={PATH}
+[ -e /proc/self ] || /bin/busybox mount -t proc proc /proc
+[ -c /dev/null ] || mount -t devtmpfs dev /dev
+mount -t sysfs sys /sys
+mount -t tmpfs -o mode=0755 tmpfs /run
+mkdir -p /dev/pts /dev/shm
+mount -t devpts -o mode=0620,ptmxmode=0666 devpts /dev/pts
+mount -t tmpfs -o mode=1777 tmpfs /dev/shm
+while read -r device where type options rest; do
+    case "$where $options" in
+        # A root disk that is shared with other VMs cannot be written to; these
+        # few places must be.
+        "/ ro"|"/ ro,"*)
+            mount -t tmpfs -o mode=1777 tmpfs /tmp
+            mount -t tmpfs -o mode=0755 tmpfs /var
+            mkdir -p /var/tmp /var/log
+            mount -t tmpfs -o mode=0755 tmpfs /etc/profile.d
+            ;;
+    esac
+done < /proc/mounts
+hostname -F /etc/hostname
+ip link set lo up
+ip addr add {GUEST_ADDRESS} dev eth0
+ip link set eth0 up
+ip route add default via {GATEWAY}
+exec /bin/busybox init
+"""
+
+MICRO_INITTAB = """# SSH is how the host reaches this guest: no passwords, one known host key.
+::respawn:/usr/sbin/dropbear -F -E -s -W 262144 -p 22 -r /etc/dropbear/dropbear_ed25519_host_key
+::ctrlaltdel:/sbin/reboot
+::shutdown:/bin/sync
+::shutdown:/bin/umount -a -r
+"""
+
+PROFILE = f"""export PATH={PATH}
+for script in /etc/profile.d/*.sh; do
+    [ -r "$script" ] && . "$script"
+done
+unset script
+"""
+
+MICRO_FILES = {
+    "etc/passwd": "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
+    "etc/group": "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n",
+    "etc/shadow": "root:*:19000::::::\n",
+    "etc/shells": "/bin/sh\n",
+    "etc/hostname": "micro\n",
+    "etc/hosts": "127.0.0.1 localhost\n127.0.1.1 micro\n::1 localhost\n",
+    "etc/resolv.conf": f"nameserver {NAME_SERVER}\n",
+    "etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
+    "etc/profile": PROFILE,
+    "etc/inittab": MICRO_INITTAB,
+    "etc/os-release": 'ID=smolvm-micro\nNAME="smolvm micro"\nPRETTY_NAME="smolvm micro"\n',
+}

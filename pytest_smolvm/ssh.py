@@ -1,0 +1,216 @@
+"""Getting in: the wait for a guest's SSH server, its host key, the login."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import logging
+import select
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import paramiko
+
+from pytest_smolvm.errors import (
+    CommandExecutionUnavailableError,
+    OperationTimeoutError,
+    SmolVMError,
+)
+from pytest_smolvm.process import Deadline
+
+logger = logging.getLogger(__name__)
+
+# An emulated network accepts a connection before anybody listens in the guest,
+# and tries again only after seconds; so give each attempt up early, and try often.
+_BANNER_TIMEOUT_S = 0.1
+_PAUSE_S = 0.005
+
+_KEY_CLASSES: tuple[type[paramiko.PKey], ...] = (
+    paramiko.Ed25519Key,
+    paramiko.ECDSAKey,
+    paramiko.RSAKey,
+)
+_USER_KEY_NAMES = ("id_ed25519", "id_ecdsa", "id_rsa")
+
+
+@dataclass(frozen=True)
+class Login:
+    """Who logs in, and whom they expect to meet."""
+
+    user: str
+    host_key: str
+    """The guest's host key: algorithm and base64, as in known_hosts."""
+    keys: tuple[paramiko.PKey, ...]
+    """Private keys to try, the likeliest first."""
+
+
+@dataclass(frozen=True)
+class Connected:
+    """An open, authenticated connection, and when (monotonic clock) the banner came."""
+
+    transport: paramiko.Transport
+    banner_at: float
+
+
+def load_private_key(path: Path) -> paramiko.PKey:
+    """The private key in ``path``; else a ``SmolVMError`` that says what is wrong with it."""
+    try:
+        path.read_bytes()
+    except OSError as error:
+        raise SmolVMError(f"the SSH key {path} cannot be read: {error.strerror}") from error
+    for key_class in _KEY_CLASSES:
+        try:
+            return key_class.from_private_key_file(str(path))
+        except paramiko.PasswordRequiredException:
+            raise SmolVMError(
+                f"the SSH key {path} has a passphrase: add it to your SSH agent, or give "
+                "another key as ssh_key_path"
+            ) from None
+        except (paramiko.SSHException, ValueError):
+            continue
+    raise SmolVMError(f"{path} is not a private SSH key (Ed25519, ECDSA or RSA)")
+
+
+def user_keys() -> list[paramiko.PKey]:
+    """The keys that ssh would offer on its own: the agent's, and those in ``~/.ssh``."""
+    found: list[paramiko.PKey] = []
+    with contextlib.suppress(paramiko.SSHException, OSError):
+        found.extend(paramiko.Agent().get_keys())
+    for name in _USER_KEY_NAMES:
+        path = Path.home() / ".ssh" / name
+        if path.is_file():
+            with contextlib.suppress(SmolVMError):
+                found.append(load_private_key(path))
+    return found
+
+
+def order_keys(
+    keys: Sequence[paramiko.PKey], authorized: Sequence[str]
+) -> tuple[paramiko.PKey, ...]:
+    """Those keys that the image is known to accept; all of them if it is not known."""
+    accepted = {line.split()[1] for line in authorized if len(line.split()) > 1}
+    matching = tuple(key for key in keys if key.get_base64() in accepted)
+    return matching or tuple(keys)
+
+
+def connect(
+    address: tuple[str, int],
+    login: Login,
+    deadline: Deadline,
+    check_alive: Callable[[], None],
+) -> Connected:
+    """Wait until the guest's SSH server answers, and log in.
+
+    ``check_alive`` is called before each attempt and raises when waiting on is
+    pointless. Raises ``OperationTimeoutError`` past the deadline, and
+    ``CommandExecutionUnavailableError`` when the guest answers but is not the
+    expected one, or refuses every key.
+    """
+    last = "no attempt was made"
+    while not deadline.passed():
+        check_alive()
+        try:
+            sock = _open(address, min(1.0, max(0.01, deadline.remaining_s())))
+        except OSError as error:
+            last = f"connecting to {address[0]}:{address[1]}: {error}"
+            time.sleep(_PAUSE_S)
+            continue
+        try:
+            if _banner_comes(sock, min(_BANNER_TIMEOUT_S, deadline.remaining_s())):
+                banner_at = time.monotonic()
+                transport = _log_in(sock, login, deadline)
+                return Connected(transport, banner_at)
+            last = "the connection was accepted, but no SSH server spoke"
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            # Not a refusal: a server that is still starting, or going away.
+            last = f"the SSH handshake broke off: {error or type(error).__name__}"
+            logger.debug("%s", last)
+        except BaseException:
+            sock.close()
+            raise
+        sock.close()
+        time.sleep(_PAUSE_S)
+    check_alive()
+    raise OperationTimeoutError(
+        "waiting for the guest's SSH server", deadline.timeout_s, f"last attempt: {last}"
+    )
+
+
+def _open(address: tuple[str, int], timeout_s: float) -> socket.socket:
+    sock = socket.create_connection(address, timeout=timeout_s)
+    # With Nagle's algorithm on, each of the handshake's small packets waits for
+    # the acknowledgement of the one before.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def _banner_comes(sock: socket.socket, timeout_s: float) -> bool:
+    readable, _, _ = select.select([sock], [], [], timeout_s)
+    return bool(readable) and bool(sock.recv(1, socket.MSG_PEEK))
+
+
+def _log_in(sock: socket.socket, login: Login, deadline: Deadline) -> paramiko.Transport:
+    sock.settimeout(None)
+    transport = paramiko.Transport(sock)
+    transport.banner_timeout = deadline.remaining_s()
+    transport.handshake_timeout = deadline.remaining_s()
+    transport.auth_timeout = max(0.01, deadline.remaining_s())
+    try:
+        algorithm, expected = _parse_host_key(login.host_key)
+        _prefer_host_key(transport, algorithm)
+        transport.start_client(timeout=max(0.01, deadline.remaining_s()))
+        met = transport.get_remote_server_key()
+        if met.asbytes() != expected:
+            raise CommandExecutionUnavailableError(
+                f"The SSH server at {sock.getpeername()} has the host key {met.get_name()} "
+                f"{met.get_base64()}, which is not the image's: it may not be this VM at all.",
+                f"The image's key is {login.host_key}; if the image was changed on purpose, "
+                "update the manifest beside it (its name ends in .smolvm.json).",
+            )
+        _authenticate(transport, login)
+    except BaseException:
+        transport.close()
+        raise
+    return transport
+
+
+def _authenticate(transport: paramiko.Transport, login: Login) -> None:
+    tried = []
+    for key in login.keys:
+        try:
+            transport.auth_publickey(login.user, key)
+        except paramiko.AuthenticationException:
+            tried.append(f"{key.get_name()} {key.get_base64()[-12:]}")
+            if not transport.is_active():
+                break
+        else:
+            return
+    raise CommandExecutionUnavailableError(
+        f"The guest refuses to let {login.user!r} in with "
+        + (f"any of the keys tried ({', '.join(tried)})." if tried else "no key at all."),
+        "Give the private key that belongs to the image as ssh_key_path, or build the image with "
+        "the public key that you have.",
+    )
+
+
+def _prefer_host_key(transport: paramiko.Transport, algorithm: str) -> None:
+    # A server with several host keys shall show the one we know.
+    options = transport.get_security_options()
+    if algorithm == "ssh-rsa":
+        options.key_types = ("rsa-sha2-512", "rsa-sha2-256")
+    elif algorithm in options.key_types:
+        options.key_types = (algorithm,)
+
+
+def _parse_host_key(line: str) -> tuple[str, bytes]:
+    words = line.split()
+    try:
+        return words[0], base64.b64decode(words[1], validate=True)
+    except (IndexError, binascii.Error):
+        raise SmolVMError(
+            f"{line[:80]!r} is not an SSH host key: it should read like 'ssh-ed25519 AAAA...'"
+        ) from None

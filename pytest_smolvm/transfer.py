@@ -1,0 +1,175 @@
+"""Files and trees between host and guest, as tar streams through a command.
+
+Only a shell and ``tar`` are needed in the guest, and one round trip. What comes
+out of a guest is not trusted: nothing is written outside the target.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shlex
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from pytest_smolvm.errors import SmolVMError
+
+Execute = Callable[[str, bytes | None, Callable[[bytes], object]], None]
+"""Runs a shell line with standard input; raises unless it ends with status 0."""
+
+_SPOOL_BYTES = 16 << 20
+_MODE_MASK = 0o777
+
+
+def put(execute: Execute, local: Path, remote: str) -> None:
+    """Copy a file, or a tree, from the host to the guest; see ``SmolVM.put``."""
+    _check_remote(remote)
+    if local.is_dir():
+        target = shlex.quote(remote)
+        execute(f"mkdir -p {target} && tar -xpf - -C {target}", _pack_tree(local), bytes)
+    elif local.is_file():
+        mode = local.stat().st_mode & _MODE_MASK
+        execute(write_line(remote, local.name, mode), local.read_bytes(), bytes)
+    else:
+        raise SmolVMError(
+            f"{local} is neither a file nor a directory on this host: give the path of one",
+            {"local": str(local)},
+        )
+
+
+def write_line(remote: str, name: str, mode: int | None) -> str:
+    """The shell line that writes its input to ``remote``, or into it if it is a directory."""
+    line = (
+        f"t={shlex.quote(remote)}; "
+        f'case "$t" in */) t="$t"{shlex.quote(name)} ;; '
+        f'*) [ -d "$t" ] && t="$t"/{shlex.quote(name)} ;; esac; '
+        'case "$t" in */*) mkdir -p "${t%/*}/" || exit 1 ;; esac; '
+        'cat > "$t"'
+    )
+    return line if mode is None else f'{line} && chmod {mode:o} "$t"'
+
+
+def get(execute: Execute, remote: str, local: Path) -> None:
+    """Copy a file, or a tree, from the guest to the host; see ``SmolVM.get``."""
+    _check_remote(remote)
+    quoted = shlex.quote(remote)
+    line = (
+        f"if [ -d {quoted} ]; then cd {quoted} && echo tree && tar -cf - . ; "
+        f"elif [ -f {quoted} ]; then echo file && stat -L -c %a {quoted} && cat {quoted}; "
+        f"else echo {shlex.quote('no such file or directory: ' + remote)} >&2; exit 1; fi"
+    )
+    with tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES) as spool:
+        execute(line, None, spool.write)
+        spool.seek(0)
+        kind = spool.readline().strip()
+        if kind == b"tree":
+            unpack_tree(spool, local)
+        else:
+            mode = int(spool.readline(), 8) & _MODE_MASK
+            target = local / PurePosixPath(remote).name if local.is_dir() else local
+            with _host_errors(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _write_file(target, spool, mode)
+
+
+def unpack_tree(archive: IO[bytes], target: Path) -> None:
+    """Unpack a tar archive made by a guest into ``target``, and nowhere else.
+
+    Links are made last, so that nothing is ever written through one. Device
+    nodes and the like are left out; hard links become copies of their own.
+    """
+    links: list[tuple[Path, str]] = []
+    modes: list[tuple[Path, int]] = []
+    root = target.absolute()
+    with _host_errors(target), tarfile.open(fileobj=archive, mode="r:") as tar:
+        root.mkdir(parents=True, exist_ok=True)
+        for member in tar:
+            path = root / _inside(member.name)
+            if path != root:
+                _clear_links(root, path.parent)
+            if member.isdir():
+                if path.is_symlink():
+                    path.unlink()
+                path.mkdir(parents=True, exist_ok=True)
+                modes.append((path, member.mode & _MODE_MASK))
+            elif member.issym():
+                links.append((path, member.linkname))
+            elif member.islnk():
+                original = root / _inside(member.linkname)
+                if original.is_file() and not original.is_symlink():
+                    with original.open("rb") as file:
+                        _write_file(path, file, member.mode & _MODE_MASK)
+            elif member.isreg():
+                content = tar.extractfile(member)
+                if content is not None:
+                    _write_file(path, content, member.mode & _MODE_MASK)
+        for path, text in links:
+            if path.is_symlink() or path.is_file():
+                path.unlink()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(text)
+        # Last: a directory may be read-only.
+        for path, mode in reversed(modes):
+            if path != root:
+                path.chmod(mode)
+
+
+def _inside(name: str) -> PurePosixPath:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise SmolVMError(
+            f"the guest's archive holds the name {name!r}, which leads out of the target: "
+            "nothing more of it was copied"
+        )
+    return path
+
+
+def _clear_links(root: Path, folder: Path) -> None:
+    # A link left in the target by somebody else must not be followed either.
+    for parent in [*reversed(folder.relative_to(root).parents), folder.relative_to(root)]:
+        path = root / parent
+        if path != root and path.is_symlink():
+            path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _write_file(path: Path, content: IO[bytes], mode: int) -> None:
+    if path.is_symlink():
+        path.unlink()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+    with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
+        while block := content.read(1 << 20):
+            file.write(block)
+        os.fchmod(file.fileno(), mode)
+
+
+def _pack_tree(folder: Path) -> bytes:
+    buffer = io.BytesIO()
+
+    def as_root(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        if not (member.isreg() or member.isdir() or member.issym() or member.islnk()):
+            return None  # sockets, devices: nothing that a copy could stand for
+        member.uid = member.gid = 0
+        member.uname = member.gname = "root"
+        return member
+
+    with _host_errors(folder), tarfile.open(fileobj=buffer, mode="w:", format=tarfile.GNU_FORMAT) as tar:
+        tar.add(folder, arcname=".", filter=as_root)
+    return buffer.getvalue()
+
+
+def _check_remote(remote: str) -> None:
+    if not remote or "\0" in remote:
+        raise SmolVMError(f"{remote!r} is not a path in the guest")
+
+
+@contextlib.contextmanager
+def _host_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, tarfile.TarError) as error:
+        raise SmolVMError(f"copying to or from {path} on this host failed: {error}") from error

@@ -1,0 +1,716 @@
+"""SmolVM: the life of one virtual machine, from create to delete."""
+
+from __future__ import annotations
+
+import atexit
+import enum
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pytest_smolvm import access, diagnosis
+from pytest_smolvm.backends import choose
+from pytest_smolvm.backends.base import Backend, Machine, MachineSpec
+from pytest_smolvm.command import CommandResult, Shell
+from pytest_smolvm.config import SSH_BOOT_ARGS, VMConfig
+from pytest_smolvm.disks import Disk, create_overlay, fingerprint, reopen_overlay, shared_disk
+from pytest_smolvm.errors import (
+    ImageError,
+    OperationTimeoutError,
+    SmolVMError,
+    VMNotFoundError,
+)
+from pytest_smolvm.guest import DEFAULT_COMMAND_TIMEOUT_S, Guest
+from pytest_smolvm.images.builder import ImageBuilder
+from pytest_smolvm.keys import library_key_pair
+from pytest_smolvm.process import Deadline, ProcessIdentity
+from pytest_smolvm.store import (
+    Store,
+    VMDirectory,
+    VMRecord,
+    new_record,
+    read_record,
+    shared_store,
+)
+
+logger = logging.getLogger(__name__)
+
+BOOT_TIMEOUT_S = 60.0
+BOOT_TIMEOUT_EMULATED_S = 180.0
+STOP_TIMEOUT_S = 20.0
+_TRANSFER_TIMEOUT_S = 600.0
+
+
+class VMState(enum.StrEnum):
+    """Where a VM is in its life."""
+
+    CREATED = "created"
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+    ERROR = "error"
+
+
+class SmolVM:
+    """One virtual machine with a disk of its own.
+
+    ``config``: what the machine is; None: the image ``micro`` with the defaults.
+    ``vm_id``, ``backend`` and ``mem_size_mib`` override the configuration's.
+    ``ssh_key_path``: the private key to log in with; None: the library's own, or
+    whichever of yours the image accepts.
+
+    In a ``with`` statement the VM starts on entry and is deleted on exit. A VM
+    ends with the process that made it, however that ends.
+
+    Raises ``VMAlreadyExistsError`` when a live VM has the id already.
+    """
+
+    def __init__(
+        self,
+        config: VMConfig | None = None,
+        *,
+        vm_id: str | None = None,
+        backend: str | None = None,
+        mem_size_mib: int | None = None,
+        ssh_user: str = "root",
+        ssh_key_path: Path | str | None = None,
+    ) -> None:
+        overrides = {"vm_id": vm_id, "backend": backend, "mem_size_mib": mem_size_mib}
+        self._config = _settle_config(config, overrides)
+        self._store = shared_store()
+        self._ssh_user = ssh_user
+        self._ssh_key_path = Path(ssh_key_path).expanduser() if ssh_key_path else None
+        self._state = VMState.CREATED
+        self._backend: Backend | None = None
+        self._machine: Machine | None = None
+        self._guest: Guest | None = None
+        self._host_key = ""
+        self._last_console = ""
+        self._deleted = False
+        self._timings: dict[str, float] = {}
+        self._guard = threading.RLock()
+        self._directory: VMDirectory | None = None
+        self._foreign: VMRecord | None = None
+        self._claim()
+
+    @classmethod
+    def from_id(cls, vm_id: str) -> SmolVM:
+        """The VM of that id: this process's own, another's, or one whose disk was kept.
+
+        A VM of another process can be worked in (``run``, files), while its life
+        stays its owner's business. A kept disk comes back as a VM in the state
+        ``created`` that continues from it. ``VMNotFoundError`` if there is none.
+        """
+        with _registry_guard:
+            own = _registry.get((os.getpid(), vm_id))
+        if own is not None:
+            return own
+        store = shared_store()
+        record = read_record(store.vms / vm_id) if "/" not in vm_id else None
+        if record is None:
+            known = sorted(path.name for path in store.vms.iterdir())
+            raise VMNotFoundError(
+                f"there is no VM called {vm_id!r} on this host: "
+                + (f"there are {', '.join(known)}" if known else "there are none"),
+                {"vm_id": vm_id, "known": known},
+            )
+        if store.is_owned(vm_id):
+            return cls._join(store, record)
+        return cls(
+            VMConfig.model_validate(record.config),
+            ssh_user=record.ssh_user,
+            ssh_key_path=record.ssh_key_path,
+        )
+
+    @classmethod
+    def _join(cls, store: Store, record: VMRecord) -> SmolVM:
+        vm = cls.__new__(cls)
+        vm._config = VMConfig.model_validate(record.config)
+        vm._store = store
+        vm._ssh_user = record.ssh_user
+        vm._ssh_key_path = Path(record.ssh_key_path) if record.ssh_key_path else None
+        vm._state = VMState(record.status)
+        vm._backend = vm._machine = vm._guest = vm._directory = None
+        vm._last_console, vm._host_key = "", ""
+        vm._deleted = False
+        vm._timings = {}
+        vm._guard = threading.RLock()
+        vm._foreign = record
+        if record.ssh_host and record.ssh_port and vm._config.offers_ssh:
+            login = access.prepare_login(vm._config, vm._ssh_user, vm._ssh_key_path, store)
+            vm._host_key = login.host_key
+            vm._guest = Guest((record.ssh_host, record.ssh_port), login, vm._check_usable)
+        return vm
+
+    # -- life ---------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        try:
+            return self.start()
+        except BaseException:
+            self._delete_after_failure()
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.delete()
+
+    def start(self, boot_timeout: float | None = None) -> Self:
+        """Boot, and wait until the guest lets us in (if its boot arguments offer SSH).
+
+        ``boot_timeout`` is seconds for all of it; None: 60, or 180 where the
+        guest is emulated. Raises ``BackendError`` when the machine dies or
+        nothing here can run it, ``OperationTimeoutError`` past the timeout; the
+        machine is gone then, and so is its directory, but for a kept disk.
+        """
+        with self._guard:
+            self._require_owner("start it")
+            if self._machine is not None and self._machine.poll() is None:
+                raise SmolVMError(f"the VM {self.vm_id!r} is already {self.status}")
+            self._check_not_deleted()
+            try:
+                self._boot(boot_timeout)
+            except BaseException:
+                self._give_up()
+                raise
+            return self
+
+    def _boot(self, boot_timeout: float | None) -> None:
+        self._claim()
+        assert self._directory is not None  # noqa: S101 - claimed
+        login = None
+        if self._config.offers_ssh:
+            login = access.prepare_login(
+                self._config, self._ssh_user, self._ssh_key_path, self._store
+            )
+            self._host_key = login.host_key
+        elif self._config.env_vars:
+            access.check_offers_ssh(self._config)
+        self._backend = choose(self._store, self._config.backend)
+        if boot_timeout is None:
+            emulated = self._backend.accelerator == "tcg"
+            boot_timeout = BOOT_TIMEOUT_EMULATED_S if emulated else BOOT_TIMEOUT_S
+        deadline = Deadline(boot_timeout)
+        began = time.monotonic()
+        disk = self._prepare_disk(self._directory)
+        disk_done = time.monotonic()
+        self._machine = self._backend.launch(self._spec(self._directory, disk), deadline)
+        launched = time.monotonic()
+        self._state = VMState.RUNNING
+        self._timings = {"disk": disk_done - began, "launch": launched - disk_done}
+        self._write_record()
+        if login is not None:
+            self._guest = Guest(self._machine.ssh_address, login, self._check_usable)
+            banner_at = self._connect(deadline, "while booting")
+            connected = time.monotonic()
+            self._timings["boot"] = banner_at - launched
+            self._timings["ssh"] = connected - banner_at
+            self._machine.booted()
+            if self._config.env_vars:
+                self._guest.set_env_vars(self._config.env_vars)
+        logger.debug("%s started: %s", self.vm_id, self._timings)
+
+    def _connect(self, deadline: Deadline, during: str) -> float:
+        assert self._guest is not None and self._machine is not None  # noqa: S101, PT018
+        try:
+            return self._guest.connect(deadline)
+        except OperationTimeoutError as error:
+            end = self._machine.poll()
+            if end is not None:
+                raise diagnosis.died(self.vm_id, during, end, self._console_path) from None
+            raise diagnosis.never_answered(
+                self.vm_id, error, self._machine.command_line, self._console_path
+            ) from None
+
+    def _prepare_disk(self, directory: VMDirectory) -> Disk:
+        config = self._config
+        kept = directory.disk.exists()
+        record = directory.read_record()
+        if config.disk_mode == "shared":
+            if kept:
+                raise SmolVMError(
+                    f"the VM {self.vm_id!r} has a kept disk of its own, which "
+                    "disk_mode='shared' would not use: choose another vm_id, or remove it: "
+                    f"rm -r {directory.path}",
+                    {"vm_id": self.vm_id},
+                )
+            disk = shared_disk(config.rootfs_path)
+        elif kept:
+            self._check_base(directory, record)
+            disk = reopen_overlay(config.rootfs_path, directory.disk)
+        else:
+            disk = create_overlay(config.rootfs_path, directory.disk)
+        return disk
+
+    def _check_base(self, directory: VMDirectory, record: VMRecord | None) -> None:
+        known = record.base_fingerprint if record else None
+        if known is None:
+            return  # stopped and started again by this very owner
+        found = fingerprint(self._config.rootfs_path, self._store.cache)
+        if found != known:
+            raise ImageError(
+                f"the disk kept for the VM {self.vm_id!r} was made over another version of "
+                f"{self._config.rootfs_path}: it cannot be used over this one. Put the image back "
+                f"(SHA-256 {known}), or start afresh without that disk: rm -r {directory.path}",
+                {"vm_id": self.vm_id, "expected_sha256": known, "found_sha256": found},
+            )
+
+    def _spec(self, directory: VMDirectory, disk: Disk) -> MachineSpec:
+        assert self._backend is not None  # noqa: S101 - chosen before
+        config = self._config
+        directory.console.unlink(missing_ok=True)
+        return MachineSpec(
+            vm_id=self.vm_id,
+            directory=directory.path,
+            kernel=config.kernel_path.absolute(),
+            initrd=initrd.absolute() if (initrd := config.effective_initrd_path()) else None,
+            boot_args=config.boot_args,
+            vcpu_count=config.vcpu_count,
+            mem_size_mib=config.mem_size_mib,
+            disk=disk,
+            network=config.network,
+            accelerator=self._backend.accelerator,
+            console=directory.console,
+            machine_log=directory.machine_log,
+        )
+
+    def stop(self, timeout: float = STOP_TIMEOUT_S) -> Self:
+        """Switch the guest off: asked first, then, after ``timeout`` seconds, by force.
+
+        Its disk stays until ``delete()``; ``start()`` boots it again.
+        """
+        with self._guard:
+            self._require_owner("stop it")
+            machine = self._machine
+            if machine is None:
+                return self
+            try:
+                if machine.poll() is None:
+                    self._ask_to_power_off(machine, Deadline(timeout))
+            finally:
+                self._end_machine()
+                self._state = VMState.STOPPED
+            self._write_record()
+            return self
+
+    def _ask_to_power_off(self, machine: Machine, deadline: Deadline) -> None:
+        if self._state is VMState.PAUSED:
+            machine.resume()
+            self._state = VMState.RUNNING
+        try:
+            if self._guest is not None:
+                self._guest.run("poweroff", max(0.1, deadline.remaining_s()), shell="raw")
+            else:
+                machine.press_power_button()
+        except SmolVMError as error:
+            # The connection may well go down with the guest; or the guest is
+            # past obeying, and then the force below is what is left.
+            logger.debug("%s: asked to power off: %s", self.vm_id, error)
+        if machine.wait(deadline.remaining_s()) is None:
+            logger.warning(
+                "%s did not switch itself off within %g s: it was ended by force",
+                self.vm_id,
+                deadline.timeout_s,
+            )
+
+    def delete(self) -> None:
+        """End the VM and remove all that it has on this host, but for a disk to be kept.
+
+        With ``retain_disk_on_delete`` the guest is switched off properly first,
+        so that its disk holds what it had written. Deleting twice is no error;
+        a VM that cannot be removed is one.
+        """
+        with self._guard:
+            self._require_owner("delete it")
+            if self._deleted:
+                return
+            config = self._config
+            keep = config.retain_disk_on_delete and config.disk_mode == "isolated"
+            try:
+                if keep:
+                    self.stop()
+            finally:
+                self._end_machine()
+                if self._state is not VMState.ERROR:
+                    self._state = VMState.STOPPED
+            self._last_console = self.console
+            directory = self._directory
+            if directory is not None:
+                if keep and directory.disk.exists():
+                    self._write_record(keep_disk=True)
+                    directory.release()
+                else:
+                    directory.destroy()
+            self._forget()
+            self._deleted = True
+
+    def close(self) -> None:
+        """Hang up. The VM itself lives on, and the next ``run`` connects anew."""
+        with self._guard:
+            if self._guest is not None:
+                self._guest.disconnect()
+
+    def pause(self) -> Self:
+        """Freeze the virtual CPUs; time stands still in the guest."""
+        with self._guard:
+            self._live_machine("pause it").pause()
+            self._state = VMState.PAUSED
+            self._write_record()
+            return self
+
+    def resume(self) -> Self:
+        """Let a paused VM go on."""
+        with self._guard:
+            self._live_machine("resume it").resume()
+            self._state = VMState.RUNNING
+            self._write_record()
+            return self
+
+    def reboot(self, timeout: float | None = None, *, force: bool = False) -> Self:
+        """Reboot on the same disk, and wait until the guest answers again.
+
+        ``force``: like the reset button, nothing in the guest is asked, and what
+        it had not written to its disk is lost. ``timeout``: seconds for all of
+        it; None: as for ``start``.
+        """
+        with self._guard:
+            machine = self._live_machine("reboot it")
+            access.check_offers_ssh(self._config)
+            assert self._guest is not None  # noqa: S101 - it offers SSH and runs
+            emulated = self._backend is not None and self._backend.accelerator == "tcg"
+            default = BOOT_TIMEOUT_EMULATED_S if emulated else BOOT_TIMEOUT_S
+            deadline = Deadline(timeout if timeout is not None else default)
+            before = machine.resets
+            if force:
+                machine.reset()
+            else:
+                try:
+                    self._guest.run("reboot", max(0.1, deadline.remaining_s()), shell="raw")
+                except SmolVMError as error:
+                    logger.debug("%s: asked to reboot: %s", self.vm_id, error)
+            if not machine.wait_for_reset(before, deadline):
+                self._check_usable(0)
+                raise OperationTimeoutError(
+                    f"rebooting the VM {self.vm_id!r}",
+                    deadline.timeout_s,
+                    "the guest did not reset the machine; reboot(force=True) does not ask it",
+                )
+            self._guest.disconnect()
+            self._connect(deadline, "while rebooting")
+            return self
+
+    def wait_for_ssh(self, timeout: float = BOOT_TIMEOUT_S) -> Self:
+        """Wait until the guest lets us in, for at most ``timeout`` seconds."""
+        self._live_guest().connect(Deadline(timeout))
+        return self
+
+    # -- inside ---------------------------------------------------------------
+
+    def run(
+        self,
+        command: str | Sequence[str],
+        timeout: float = DEFAULT_COMMAND_TIMEOUT_S,
+        *,
+        shell: Shell = "login",
+        check: bool = False,
+        input: str | bytes | None = None,  # noqa: A002 - subprocess.run's name for it
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> CommandResult:
+        """Run a command in the guest, to its end.
+
+        ``command``: text for the guest's shell, or a list of arguments, quoted for
+        it. ``timeout``: seconds for the whole command; past it the command is
+        killed in the guest, and ``OperationTimeoutError`` carries what it had
+        printed. ``shell``: ``"login"`` reads the profile first, ``"raw"`` does not.
+        ``input``: standard input (default: empty). ``cwd``, ``env``: for this
+        command alone. ``check``: raise ``CommandFailedError`` for an exit status
+        other than 0.
+        """
+        return self._live_guest().run(
+            command, timeout, shell=shell, check=check, input=input, cwd=cwd, env=env
+        )
+
+    def put(
+        self, local: str | Path, remote: str, timeout: float = _TRANSFER_TIMEOUT_S
+    ) -> None:
+        """Copy from the host to the guest, with modes; everything becomes root's.
+
+        A file becomes ``remote``, or goes into it if that is a directory or ends
+        with a slash. The contents of a directory become those of ``remote``, beside
+        what is there. Missing directories are made.
+        """
+        self._live_guest().put(local, remote, timeout)
+
+    def get(
+        self, remote: str, local: str | Path, timeout: float = _TRANSFER_TIMEOUT_S
+    ) -> None:
+        """Copy from the guest to the host, with modes, by the same rules as ``put``.
+
+        Nothing is written outside ``local``, whatever the guest sends; devices
+        and the like are left out.
+        """
+        self._live_guest().get(remote, local, timeout)
+
+    def read_text(self, path: str) -> str:
+        """The contents of a text file (UTF-8) in the guest."""
+        return self._live_guest().read_text(path)
+
+    def write_text(self, path: str, text: str) -> None:
+        """Write a text file (UTF-8) in the guest; missing directories are made."""
+        self._live_guest().write_text(path, text)
+
+    def set_env_vars(self, variables: Mapping[str, str], *, merge: bool = True) -> list[str]:
+        """Set environment variables for login shells; returns all names now set, sorted.
+
+        ``merge=False`` drops those set before.
+        """
+        return self._live_guest().set_env_vars(variables, merge=merge)
+
+    def unset_env_vars(self, keys: Sequence[str]) -> dict[str, str]:
+        """Remove variables; returns those that were set, with their values."""
+        return self._live_guest().unset_env_vars(keys)
+
+    def list_env_vars(self) -> dict[str, str]:
+        """The variables set by this library."""
+        return self._live_guest().list_env_vars()
+
+    def wait_until(
+        self, command: str | Sequence[str], timeout: float = 30.0
+    ) -> CommandResult:
+        """Run ``command`` again and again until it succeeds; returns that result.
+
+        Past ``timeout`` seconds ``OperationTimeoutError`` shows the last try.
+        """
+        return self._live_guest().wait_until(command, timeout)
+
+    def wait_for_port(self, guest_port: int, timeout: float = 30.0) -> Self:
+        """Wait until something listens on the TCP port in the guest."""
+        _check_port(guest_port, "guest_port")
+        self._live_guest().wait_for_port(guest_port, timeout)
+        return self
+
+    # -- outside --------------------------------------------------------------
+
+    def expose_local(self, guest_port: int, host_port: int | None = None) -> int:
+        """Make the guest's TCP port reachable on 127.0.0.1; returns the port there.
+
+        ``host_port``: exactly that one, or an error; None: any free one.
+        """
+        _check_port(guest_port, "guest_port")
+        if host_port is not None:
+            _check_port(host_port, "host_port")
+        with self._guard:
+            return self._live_machine("expose a port of it").forward(guest_port, host_port or 0)
+
+    def unexpose_local(self, host_port: int) -> None:
+        """Take back what ``expose_local`` gave."""
+        with self._guard:
+            self._live_machine("take back a port of it").unforward(host_port)
+
+    def ssh_commands(self) -> dict[str, str]:
+        """Lines to paste into a terminal: ``ssh``, ``copy_to_guest``, ``copy_from_guest``."""
+        access.check_offers_ssh(self._config)
+        self._check_usable(0)
+        if self._foreign is not None and self._foreign.ssh_host and self._foreign.ssh_port:
+            address = self._foreign.ssh_host, self._foreign.ssh_port
+        else:
+            address = self._live_machine("log into it").ssh_address
+        key = self._ssh_key_path or library_key_pair(self._store).private_path
+        return access.paste_lines(
+            vm_id=self.vm_id,
+            directory=self._store.vms / self.vm_id,
+            address=address,
+            user=self._ssh_user,
+            host_key=self._host_key,
+            key_path=key,
+        )
+
+    @property
+    def vm_id(self) -> str:
+        """The id, unique among the VMs of this host."""
+        return self._config.vm_id
+
+    @property
+    def config(self) -> VMConfig:
+        """The configuration, with the constructor's overrides."""
+        return self._config
+
+    @property
+    def status(self) -> VMState:
+        """Where the VM is in its life; a machine that ended by itself is seen here."""
+        if self._foreign is not None:
+            record = read_record(self._store.vms / self.vm_id)
+            return VMState(record.status) if record else VMState.STOPPED
+        if self._machine is not None and self._state in (VMState.RUNNING, VMState.PAUSED):
+            end = self._machine.poll()
+            if end is not None:
+                self._state = VMState.STOPPED if end.by_guest else VMState.ERROR
+        return self._state
+
+    @property
+    def console(self) -> str:
+        """What the guest has written to its console so far, as it came."""
+        text = diagnosis.read_console(self._console_path)
+        return text or self._last_console
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds of each phase of the last start: disk, launch, boot, ssh."""
+        return dict(self._timings)
+
+    def __repr__(self) -> str:
+        return f"<SmolVM {self.vm_id} {self.status}>"
+
+    # -- within ---------------------------------------------------------------
+
+    @property
+    def _console_path(self) -> Path:
+        return self._store.vms / self.vm_id / "console.log"
+
+    def _claim(self) -> None:
+        if self._directory is None:
+            self._directory = self._store.claim(self.vm_id)
+            with _registry_guard:
+                _registry[os.getpid(), self.vm_id] = self
+
+    def _forget(self) -> None:
+        self._directory = None
+        with _registry_guard:
+            _registry.pop((os.getpid(), self.vm_id), None)
+
+    def _write_record(self, keep_disk: bool | None = None) -> None:
+        directory = self._directory
+        if directory is None:
+            return
+        config = self._config
+        earlier = directory.read_record()
+        wants = config.retain_disk_on_delete and config.disk_mode == "isolated"
+        # A disk that was kept before stays safe from the sweep until delete().
+        keep = keep_disk if keep_disk is not None else wants or bool(earlier and earlier.keep_disk)
+        record = new_record(self.vm_id, config.model_dump(mode="json"))
+        record.status = str(self.status)
+        record.ssh_user = self._ssh_user
+        record.ssh_key_path = str(self._ssh_key_path) if self._ssh_key_path else None
+        record.keep_disk = keep
+        if keep:
+            record.base_fingerprint = fingerprint(config.rootfs_path, self._store.cache)
+        if self._machine is not None:
+            record.ssh_host, record.ssh_port = self._machine.ssh_address
+            identity = ProcessIdentity.of(self._machine.pid)
+            if identity is not None:
+                record.machine_pid = identity.pid
+                record.machine_start_ticks = identity.start_ticks
+        directory.write_record(record)
+
+    def _check_usable(self, grace_s: float) -> None:
+        """Raise unless the machine runs; a dying one gets ``grace_s`` to be seen dead."""
+        if self._foreign is not None:
+            if not self._store.is_owned(self.vm_id):
+                raise VMNotFoundError(f"the VM {self.vm_id!r} is gone: its owner ended it")
+            return
+        self._check_not_deleted()
+        if self._machine is None:
+            raise SmolVMError(f"the VM {self.vm_id!r} is {self.status}: start() it first")
+        end = self._machine.wait(grace_s) if grace_s else self._machine.poll()
+        if end is not None:
+            raise diagnosis.died(self.vm_id, "on its own", end, self._console_path)
+        if self._state is VMState.PAUSED:
+            raise SmolVMError(f"the VM {self.vm_id!r} is paused: resume() it first")
+
+    def _check_not_deleted(self) -> None:
+        if self._deleted:
+            raise SmolVMError(f"the VM {self.vm_id!r} was deleted: make a new SmolVM")
+
+    def _require_owner(self, what: str) -> None:
+        if self._foreign is not None:
+            raise SmolVMError(
+                f"the VM {self.vm_id!r} belongs to process {self._foreign.owner_pid}: only that "
+                f"process may {what}",
+                {"owner_pid": self._foreign.owner_pid},
+            )
+
+    def _live_machine(self, what: str) -> Machine:
+        self._require_owner(what)
+        self._check_not_deleted()
+        if self._machine is None:
+            raise SmolVMError(
+                f"the VM {self.vm_id!r} is {self.status}: start() it before you {what}"
+            )
+        end = self._machine.poll()
+        if end is not None:
+            raise diagnosis.died(self.vm_id, "on its own", end, self._console_path)
+        return self._machine
+
+    def _live_guest(self) -> Guest:
+        access.check_offers_ssh(self._config)
+        if self._guest is None:
+            self._check_usable(0)
+            raise SmolVMError(f"the VM {self.vm_id!r} has not finished booting")
+        return self._guest
+
+    def _end_machine(self) -> None:
+        if self._guest is not None:
+            self._guest.disconnect()
+            self._guest = None
+        if self._machine is not None:
+            self._machine.kill()
+            self._machine = None
+
+    def _give_up(self) -> None:
+        """After a failed start: nothing runs, and nothing lies about but a kept disk."""
+        self._end_machine()
+        self._state = VMState.ERROR
+        self._last_console = self.console
+        directory = self._directory
+        if directory is None:
+            return
+        record = directory.read_record()
+        if record is not None and record.keep_disk and directory.disk.exists():
+            directory.release()
+        else:
+            directory.destroy()
+        self._forget()
+
+    def _delete_after_failure(self) -> None:
+        if not self._deleted and self._directory is not None:
+            self.delete()
+
+
+def _settle_config(config: VMConfig | None, overrides: Mapping[str, Any]) -> VMConfig:
+    given = {key: value for key, value in overrides.items() if value is not None}
+    if config is None:
+        kernel, rootfs = ImageBuilder().build_micro_ssh_key()
+        return VMConfig(kernel_path=kernel, rootfs_path=rootfs, boot_args=SSH_BOOT_ARGS, **given)
+    # Validated again: model_copy(update=...) checks nothing, and files may have gone.
+    return VMConfig.model_validate({**config.model_dump(), **given})
+
+
+def _check_port(port: int, what: str) -> None:
+    if not 1 <= port <= 65535:
+        raise SmolVMError(f"{what}={port!r} is not a TCP port: give 1 to 65535")
+
+
+_registry: dict[tuple[int, str], SmolVM] = {}
+_registry_guard = threading.Lock()
+
+
+@atexit.register
+def _delete_all() -> None:
+    """What a program forgot to delete goes with it (the machines would in any case)."""
+    for (pid, vm_id), vm in list(_registry.items()):
+        if pid == os.getpid():
+            try:
+                vm.delete()
+            except Exception as error:  # noqa: BLE001 - the others must go all the same
+                print(f"pytest-smolvm: {vm_id}: {error}", file=sys.stderr)  # noqa: T201
