@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+import paramiko
+
 from pytest_smolvm import ssh
 from pytest_smolvm.config import VMConfig
 from pytest_smolvm.errors import CommandExecutionUnavailableError
@@ -45,7 +47,7 @@ def prepare_login(config: VMConfig, user: str, key_path: Path | None, store: Sto
     own = ssh.load_private_key(library_key_pair(store).private_path)
     accepted = {line.split()[1] for line in manifest.authorized_keys if len(line.split()) > 1}
     if own.get_base64() in accepted:
-        keys: tuple[ssh.paramiko.PKey, ...] = (own,)
+        keys: tuple[paramiko.PKey, ...] = (own,)
     else:
         keys = ssh.order_keys([own, *ssh.user_keys()], manifest.authorized_keys)
     return ssh.Login(user, manifest.host_key, keys)

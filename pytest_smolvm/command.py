@@ -59,7 +59,9 @@ class CommandResult:
 
     def describe(self) -> str:
         """The whole result in words."""
-        text = f"{self.command!r} ended with exit status {self.exit_code} in {self.duration_s:.2f} s"
+        text = (
+            f"{self.command!r} ended with exit status {self.exit_code} in {self.duration_s:.2f} s"
+        )
         for name, output in (("stdout", self.stdout), ("stderr", self.stderr)):
             text += f"\n--- {name} ---\n{shorten(output)}" if output else f"\n({name} is empty)"
         return text
@@ -122,7 +124,7 @@ def run(
     timeout_s: float,
     *,
     shell: Shell = "login",
-    input: str | bytes | None = None,  # noqa: A002 - the name that subprocess.run has
+    input: str | bytes | None = None,
     cwd: str | None = None,
     env: Mapping[str, str] | None = None,
 ) -> CommandResult:

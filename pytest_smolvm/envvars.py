@@ -12,7 +12,8 @@ _HEADER = "# Kept by pytest-smolvm: changes made here by hand may be lost.\n"
 # What shlex.quote makes: bare safe characters, or pieces in single quotes
 # between which "'" stands for a single quote.
 _EXPORT = re.compile(
-    r"""^export (?P<key>[A-Za-z_][A-Za-z0-9_]*)=(?P<value>(?:'[^']*'|"'"|[A-Za-z0-9@%+=:,./_-])*)$""",
+    r"^export (?P<key>[A-Za-z_][A-Za-z0-9_]*)="
+    r"""(?P<value>(?:'[^']*'|"'"|[A-Za-z0-9@%+=:,./_-])*)$""",
     re.MULTILINE,
 )
 

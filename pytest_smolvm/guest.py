@@ -47,7 +47,9 @@ class Guest:
     def connect(self, deadline: Deadline) -> float:
         """Wait for the SSH server and log in; returns when the banner came (monotonic)."""
         with self._guard:
-            connected = ssh.connect(self._address, self._login, deadline, lambda: self._check_usable(0))
+            connected = ssh.connect(
+                self._address, self._login, deadline, lambda: self._check_usable(0)
+            )
             self.disconnect()
             self._transport = connected.transport
             return connected.banner_at
@@ -65,7 +67,7 @@ class Guest:
         *,
         shell: Shell = "login",
         check: bool = False,
-        input: str | bytes | None = None,  # noqa: A002 - subprocess.run's name for it
+        input: str | bytes | None = None,
         cwd: str | None = None,
         env: Mapping[str, str] | None = None,
     ) -> CommandResult:
@@ -203,9 +205,7 @@ class Guest:
             return self._transport
 
     def _executor(self, operation: str, timeout_s: float) -> transfer.Execute:
-        def execute(
-            line: str, stdin: bytes | None, on_stdout: Callable[[bytes], object]
-        ) -> None:
+        def execute(line: str, stdin: bytes | None, on_stdout: Callable[[bytes], object]) -> None:
             errors = bytearray()
             with self._renewed_on_loss(operation):
                 status = commands.execute(

@@ -74,7 +74,7 @@ def check_public_key(line: str) -> str:
         raise ValueError("the public key must be a single line, as in ~/.ssh/id_ed25519.pub")
     try:
         serialization.load_ssh_public_key(text.encode())
-    except Exception as error:  # noqa: BLE001 - the parser raises half a dozen kinds
+    except Exception as error:
         raise ValueError(
             f"{text[:60]!r} is not a public key in OpenSSH's format: give the text of a file such "
             "as ~/.ssh/id_ed25519.pub"

@@ -108,13 +108,14 @@ def unpack_tree(archive: IO[bytes], target: Path) -> None:
                 if content is not None:
                     _write_file(path, content, member.mode & _MODE_MASK)
         for path, text in links:
-            if path.is_symlink() or path.is_file():
-                path.unlink()
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _clear_links(root, path.parent)
+            if path.is_dir() and not path.is_symlink():
+                continue  # the name was a directory's as well: that one has contents
+            path.unlink(missing_ok=True)
             path.symlink_to(text)
         # Last: a directory may be read-only.
         for path, mode in reversed(modes):
-            if path != root:
+            if path != root and not path.is_symlink():
                 path.chmod(mode)
 
 
@@ -157,7 +158,7 @@ def _pack_tree(folder: Path) -> bytes:
         member.uname = member.gname = "root"
         return member
 
-    with _host_errors(folder), tarfile.open(fileobj=buffer, mode="w:", format=tarfile.GNU_FORMAT) as tar:
+    with _host_errors(folder), tarfile.open(fileobj=buffer, mode="w:") as tar:
         tar.add(folder, arcname=".", filter=as_root)
     return buffer.getvalue()
 

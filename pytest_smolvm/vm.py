@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,17 +17,16 @@ from typing import Any, Self
 from pytest_smolvm import access, diagnosis
 from pytest_smolvm.backends import choose
 from pytest_smolvm.backends.base import Backend, Machine, MachineSpec
-from pytest_smolvm.command import CommandResult, Shell
 from pytest_smolvm.config import SSH_BOOT_ARGS, VMConfig
-from pytest_smolvm.disks import Disk, create_overlay, fingerprint, reopen_overlay, shared_disk
+from pytest_smolvm.disks import Disk, fingerprint
 from pytest_smolvm.errors import (
-    ImageError,
     OperationTimeoutError,
     SmolVMError,
     VMNotFoundError,
 )
-from pytest_smolvm.guest import DEFAULT_COMMAND_TIMEOUT_S, Guest
+from pytest_smolvm.guest import Guest
 from pytest_smolvm.images.builder import ImageBuilder
+from pytest_smolvm.inside import Inside, check_port
 from pytest_smolvm.keys import library_key_pair
 from pytest_smolvm.process import Deadline, ProcessIdentity
 from pytest_smolvm.store import (
@@ -38,13 +37,13 @@ from pytest_smolvm.store import (
     read_record,
     shared_store,
 )
+from pytest_smolvm.vmdisk import keeps_its_disk, prepare_disk
 
 logger = logging.getLogger(__name__)
 
 BOOT_TIMEOUT_S = 60.0
 BOOT_TIMEOUT_EMULATED_S = 180.0
 STOP_TIMEOUT_S = 20.0
-_TRANSFER_TIMEOUT_S = 600.0
 
 
 class VMState(enum.StrEnum):
@@ -57,7 +56,7 @@ class VMState(enum.StrEnum):
     ERROR = "error"
 
 
-class SmolVM:
+class SmolVM(Inside):
     """One virtual machine with a disk of its own.
 
     ``config``: what the machine is; None: the image ``micro`` with the defaults.
@@ -202,7 +201,7 @@ class SmolVM:
             boot_timeout = BOOT_TIMEOUT_EMULATED_S if emulated else BOOT_TIMEOUT_S
         deadline = Deadline(boot_timeout)
         began = time.monotonic()
-        disk = self._prepare_disk(self._directory)
+        disk = prepare_disk(self._config, self._directory, self._store)
         disk_done = time.monotonic()
         self._machine = self._backend.launch(self._spec(self._directory, disk), deadline)
         launched = time.monotonic()
@@ -231,39 +230,6 @@ class SmolVM:
             raise diagnosis.never_answered(
                 self.vm_id, error, self._machine.command_line, self._console_path
             ) from None
-
-    def _prepare_disk(self, directory: VMDirectory) -> Disk:
-        config = self._config
-        kept = directory.disk.exists()
-        record = directory.read_record()
-        if config.disk_mode == "shared":
-            if kept:
-                raise SmolVMError(
-                    f"the VM {self.vm_id!r} has a kept disk of its own, which "
-                    "disk_mode='shared' would not use: choose another vm_id, or remove it: "
-                    f"rm -r {directory.path}",
-                    {"vm_id": self.vm_id},
-                )
-            disk = shared_disk(config.rootfs_path)
-        elif kept:
-            self._check_base(directory, record)
-            disk = reopen_overlay(config.rootfs_path, directory.disk)
-        else:
-            disk = create_overlay(config.rootfs_path, directory.disk)
-        return disk
-
-    def _check_base(self, directory: VMDirectory, record: VMRecord | None) -> None:
-        known = record.base_fingerprint if record else None
-        if known is None:
-            return  # stopped and started again by this very owner
-        found = fingerprint(self._config.rootfs_path, self._store.cache)
-        if found != known:
-            raise ImageError(
-                f"the disk kept for the VM {self.vm_id!r} was made over another version of "
-                f"{self._config.rootfs_path}: it cannot be used over this one. Put the image back "
-                f"(SHA-256 {known}), or start afresh without that disk: rm -r {directory.path}",
-                {"vm_id": self.vm_id, "expected_sha256": known, "found_sha256": found},
-            )
 
     def _spec(self, directory: VMDirectory, disk: Disk) -> MachineSpec:
         assert self._backend is not None  # noqa: S101 - chosen before
@@ -334,8 +300,7 @@ class SmolVM:
             self._require_owner("delete it")
             if self._deleted:
                 return
-            config = self._config
-            keep = config.retain_disk_on_delete and config.disk_mode == "isolated"
+            keep = keeps_its_disk(self._config)
             try:
                 if keep:
                     self.stop()
@@ -414,92 +379,6 @@ class SmolVM:
         self._live_guest().connect(Deadline(timeout))
         return self
 
-    # -- inside ---------------------------------------------------------------
-
-    def run(
-        self,
-        command: str | Sequence[str],
-        timeout: float = DEFAULT_COMMAND_TIMEOUT_S,
-        *,
-        shell: Shell = "login",
-        check: bool = False,
-        input: str | bytes | None = None,  # noqa: A002 - subprocess.run's name for it
-        cwd: str | None = None,
-        env: Mapping[str, str] | None = None,
-    ) -> CommandResult:
-        """Run a command in the guest, to its end.
-
-        ``command``: text for the guest's shell, or a list of arguments, quoted for
-        it. ``timeout``: seconds for the whole command; past it the command is
-        killed in the guest, and ``OperationTimeoutError`` carries what it had
-        printed. ``shell``: ``"login"`` reads the profile first, ``"raw"`` does not.
-        ``input``: standard input (default: empty). ``cwd``, ``env``: for this
-        command alone. ``check``: raise ``CommandFailedError`` for an exit status
-        other than 0.
-        """
-        return self._live_guest().run(
-            command, timeout, shell=shell, check=check, input=input, cwd=cwd, env=env
-        )
-
-    def put(
-        self, local: str | Path, remote: str, timeout: float = _TRANSFER_TIMEOUT_S
-    ) -> None:
-        """Copy from the host to the guest, with modes; everything becomes root's.
-
-        A file becomes ``remote``, or goes into it if that is a directory or ends
-        with a slash. The contents of a directory become those of ``remote``, beside
-        what is there. Missing directories are made.
-        """
-        self._live_guest().put(local, remote, timeout)
-
-    def get(
-        self, remote: str, local: str | Path, timeout: float = _TRANSFER_TIMEOUT_S
-    ) -> None:
-        """Copy from the guest to the host, with modes, by the same rules as ``put``.
-
-        Nothing is written outside ``local``, whatever the guest sends; devices
-        and the like are left out.
-        """
-        self._live_guest().get(remote, local, timeout)
-
-    def read_text(self, path: str) -> str:
-        """The contents of a text file (UTF-8) in the guest."""
-        return self._live_guest().read_text(path)
-
-    def write_text(self, path: str, text: str) -> None:
-        """Write a text file (UTF-8) in the guest; missing directories are made."""
-        self._live_guest().write_text(path, text)
-
-    def set_env_vars(self, variables: Mapping[str, str], *, merge: bool = True) -> list[str]:
-        """Set environment variables for login shells; returns all names now set, sorted.
-
-        ``merge=False`` drops those set before.
-        """
-        return self._live_guest().set_env_vars(variables, merge=merge)
-
-    def unset_env_vars(self, keys: Sequence[str]) -> dict[str, str]:
-        """Remove variables; returns those that were set, with their values."""
-        return self._live_guest().unset_env_vars(keys)
-
-    def list_env_vars(self) -> dict[str, str]:
-        """The variables set by this library."""
-        return self._live_guest().list_env_vars()
-
-    def wait_until(
-        self, command: str | Sequence[str], timeout: float = 30.0
-    ) -> CommandResult:
-        """Run ``command`` again and again until it succeeds; returns that result.
-
-        Past ``timeout`` seconds ``OperationTimeoutError`` shows the last try.
-        """
-        return self._live_guest().wait_until(command, timeout)
-
-    def wait_for_port(self, guest_port: int, timeout: float = 30.0) -> Self:
-        """Wait until something listens on the TCP port in the guest."""
-        _check_port(guest_port, "guest_port")
-        self._live_guest().wait_for_port(guest_port, timeout)
-        return self
-
     # -- outside --------------------------------------------------------------
 
     def expose_local(self, guest_port: int, host_port: int | None = None) -> int:
@@ -507,9 +386,9 @@ class SmolVM:
 
         ``host_port``: exactly that one, or an error; None: any free one.
         """
-        _check_port(guest_port, "guest_port")
+        check_port(guest_port, "guest_port")
         if host_port is not None:
-            _check_port(host_port, "host_port")
+            check_port(host_port, "host_port")
         with self._guard:
             return self._live_machine("expose a port of it").forward(guest_port, host_port or 0)
 
@@ -595,15 +474,15 @@ class SmolVM:
             return
         config = self._config
         earlier = directory.read_record()
-        wants = config.retain_disk_on_delete and config.disk_mode == "isolated"
-        # A disk that was kept before stays safe from the sweep until delete().
-        keep = keep_disk if keep_disk is not None else wants or bool(earlier and earlier.keep_disk)
+        if keep_disk is None:
+            # A disk that was kept before stays safe from the sweep until delete().
+            keep_disk = keeps_its_disk(config) or bool(earlier and earlier.keep_disk)
         record = new_record(self.vm_id, config.model_dump(mode="json"))
         record.status = str(self.status)
         record.ssh_user = self._ssh_user
         record.ssh_key_path = str(self._ssh_key_path) if self._ssh_key_path else None
-        record.keep_disk = keep
-        if keep:
+        record.keep_disk = keep_disk
+        if keep_disk:
             record.base_fingerprint = fingerprint(config.rootfs_path, self._store.cache)
         if self._machine is not None:
             record.ssh_host, record.ssh_port = self._machine.ssh_address
@@ -696,16 +575,6 @@ def _settle_config(config: VMConfig | None, overrides: Mapping[str, Any]) -> VMC
     return VMConfig.model_validate({**config.model_dump(), **given})
 
 
-def _check_port(port: int, what: str) -> None:
-    if not 1 <= port <= 65535:
-        raise SmolVMError(f"{what}={port!r} is not a TCP port: give 1 to 65535")
-
-
-_registry: dict[tuple[int, str], SmolVM] = {}
-_registry_guard = threading.Lock()
-
-
-@atexit.register
 def _delete_all() -> None:
     """What a program forgot to delete goes with it (the machines would in any case)."""
     for (pid, vm_id), vm in list(_registry.items()):
@@ -714,3 +583,8 @@ def _delete_all() -> None:
                 vm.delete()
             except Exception as error:  # noqa: BLE001 - the others must go all the same
                 print(f"pytest-smolvm: {vm_id}: {error}", file=sys.stderr)  # noqa: T201
+
+
+_registry: dict[tuple[int, str], SmolVM] = {}
+_registry_guard = threading.Lock()
+atexit.register(_delete_all)

@@ -64,7 +64,7 @@ def choose(store: Store, backend: str | None = None, accelerator: str = "auto") 
         raise BackendError(f"no VM can run here: {error.message}", {"backend": "qemu"}) from error
     native = "hvf" if sys.platform == "darwin" else "kvm"
     candidates = [native, "tcg"] if accelerator == "auto" else [accelerator]
-    reasons = []
+    reasons: list[str] = []
     for name in candidates:
         report = report_accelerator(name, store, qemu, architecture)
         if report.usable:

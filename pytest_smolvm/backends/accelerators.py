@@ -53,12 +53,12 @@ _PROBES = {
     # isa-debug-exit ends QEMU with the status (0x2a << 1) | 1.
     "x86_64": _Probe(
         bytes.fromhex(
-            "02b0ad1b00000100fe4f51e400001000000010000000000000000000"
-            "20001000fafcbf0000120031c0b9000c0000f3abc705000012000310"
-            "1200c7050010120003201200c7050020120083000000b80000120"
-            "00f22d80f20e083c8200f22e0b9800000c00f320d000100000f300f20"
-            "c00d000000800f22c00f0115a0001000ea86001000080066baf400b0"
-            "2aeef4ebfd0000000000000000000000009a20000f0090001000"
+            "02b0ad1b00000100fe4f51e40000100000001000000000000000000020001000"
+            "fafcbf0000120031c0b9000c0000f3abc7050000120003101200c70500101200"
+            "03201200c7050020120083000000b8000012000f22d80f20e083c8200f22e0b9"
+            "800000c00f320d000100000f300f20c00d000000800f22c00f0115a0001000ea"
+            "86001000080066baf400b02aeef4ebfd000000000000000000000000009a2000"
+            "0f0090001000"
         ),
         ("isa-debug-exit,iobase=0xf4,iosize=4",),
         85,
@@ -80,9 +80,7 @@ def report_accelerator(
         reason = _kvm_access_problem(architecture)
         if reason:
             return AcceleratorReport("kvm", usable=False, reason=reason)
-    return _remembered(
-        store, _circumstances(name, qemu), lambda: _try(name, qemu, architecture)
-    )
+    return _remembered(store, _circumstances(name, qemu), lambda: _try(name, qemu, architecture))
 
 
 def _kvm_access_problem(architecture: Architecture) -> str:

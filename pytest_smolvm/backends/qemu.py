@@ -39,6 +39,15 @@ class QemuBackend:
         logger.debug("%s: boot arguments asked for: %s", spec.vm_id, spec.boot_args)
         logger.debug("%s: kernel command line: %s", spec.vm_id, settled)
         _check_kernel(spec.kernel, self.architecture)
+        if spec.network == "nat":
+            # QEMU's user network leads to the host's loopback as well as outside,
+            # and has no switch for the one without the other.
+            raise BackendError(
+                "network='nat' cannot be had yet: QEMU's own network would let the guest reach "
+                "the services of this host too. Use network='isolated', and put() what the guest "
+                "needs.",
+                {"network": spec.network},
+            )
         ours, theirs = socket.socketpair()
         try:
             with theirs:

@@ -44,13 +44,13 @@ class Monitor:
             raise ConnectionError(str(error)) from error
         greeting = self._client.greeting
         if greeting is not None:
-            version = greeting._asdict()["QMP"]["version"]["qemu"]
+            version: Any = greeting.QMP.version["qemu"]
             self.version = f"{version['major']}.{version['minor']}.{version['micro']}"
 
     async def _watch(self) -> None:
         assert self._changed is not None  # noqa: S101 - set before this task starts
         async for event in self._listener:
-            data = event.get("data") or {}
+            data: Any = event.get("data") or {}
             async with self._changed:
                 if event["event"] == "RESET":
                     self.resets += 1
@@ -92,9 +92,7 @@ class Monitor:
                 await self._changed.wait_for(lambda: self.resets > since)
 
         try:
-            await_result(
-                wait(), operation="the machine's reset", timeout_s=deadline.remaining_s()
-            )
+            await_result(wait(), operation="the machine's reset", timeout_s=deadline.remaining_s())
         except OperationTimeoutError:
             return False
         return True

@@ -109,9 +109,7 @@ class ImageBuilder:
             ) from error
         return target / "vmlinux", target / "rootfs.ext4"
 
-    def _build_once(
-        self, recipe: MicroRecipe, target: Path, name: str, progress: Progress
-    ) -> None:
+    def _build_once(self, recipe: MicroRecipe, target: Path, name: str, progress: Progress) -> None:
         with _build_lock(self.cache_dir / f"{target.name}.lock", progress):
             if target.is_dir():
                 return
@@ -156,4 +154,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-

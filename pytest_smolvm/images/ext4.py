@@ -19,7 +19,19 @@ def make_ext4(tree: Path, image: Path, size_mb: int) -> None:
     debugfs = find_tool("debugfs", "e2fsprogs")
     try:
         run_tool(
-            [mkfs, "-q", "-F", "-L", "smolvm", "-m", "0", "-d", str(tree), str(image), f"{size_mb}m"],
+            [
+                mkfs,
+                "-q",
+                "-F",
+                "-L",
+                "smolvm",
+                "-m",
+                "0",
+                "-d",
+                str(tree),
+                str(image),
+                f"{size_mb}m",
+            ],
             timeout_s=600,
         )
     except ToolError as error:

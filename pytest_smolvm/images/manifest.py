@@ -39,9 +39,7 @@ def manifest_path(rootfs: Path) -> Path:
 
 
 def write_manifest(rootfs: Path, manifest: ImageManifest) -> None:
-    write_atomically(
-        manifest_path(rootfs), manifest.model_dump_json(indent=1).encode(), mode=0o644
-    )
+    write_atomically(manifest_path(rootfs), manifest.model_dump_json(indent=1).encode(), mode=0o644)
 
 
 def read_manifest(rootfs: Path) -> ImageManifest | None:

@@ -162,4 +162,3 @@ def _copy_libraries(packages: Path, root: Path) -> None:
                     target = root / "usr" / path.relative_to(packages / prefix)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copy(path, target)
-

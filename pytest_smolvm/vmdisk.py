@@ -1,0 +1,50 @@
+"""Which disk a VM starts from: a new one, its own from before, or the shared image."""
+
+from __future__ import annotations
+
+from pytest_smolvm.config import VMConfig
+from pytest_smolvm.disks import Disk, create_overlay, fingerprint, reopen_overlay, shared_disk
+from pytest_smolvm.errors import ImageError, SmolVMError
+from pytest_smolvm.store import Store, VMDirectory
+
+
+def prepare_disk(config: VMConfig, directory: VMDirectory, store: Store) -> Disk:
+    """The disk to boot from, made if need be.
+
+    A kept disk over an image that has changed since is an ``ImageError``; one
+    that a shared VM would pass over is an error too, since its ``delete()``
+    would otherwise remove it.
+    """
+    kept = directory.disk.exists()
+    if config.disk_mode == "shared":
+        if kept:
+            raise SmolVMError(
+                f"the VM {config.vm_id!r} has a kept disk of its own, which disk_mode='shared' "
+                f"would not use: choose another vm_id, or remove it: rm -r {directory.path}",
+                {"vm_id": config.vm_id},
+            )
+        return shared_disk(config.rootfs_path)
+    if kept:
+        _check_base(config, directory, store)
+        return reopen_overlay(config.rootfs_path, directory.disk)
+    return create_overlay(config.rootfs_path, directory.disk)
+
+
+def keeps_its_disk(config: VMConfig) -> bool:
+    """Whether the configuration asks for the disk to be kept after ``delete()``."""
+    return config.retain_disk_on_delete and config.disk_mode == "isolated"
+
+
+def _check_base(config: VMConfig, directory: VMDirectory, store: Store) -> None:
+    record = directory.read_record()
+    known = record.base_fingerprint if record else None
+    if known is None:
+        return  # stopped and started again by one and the same owner
+    found = fingerprint(config.rootfs_path, store.cache)
+    if found != known:
+        raise ImageError(
+            f"the disk kept for the VM {config.vm_id!r} was made over another version of "
+            f"{config.rootfs_path}: it cannot be used over this one. Put the image back (SHA-256 "
+            f"{known}), or start afresh without that disk: rm -r {directory.path}",
+            {"vm_id": config.vm_id, "expected_sha256": known, "found_sha256": found},
+        )

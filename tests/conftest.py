@@ -1,0 +1,90 @@
+"""Fixtures of the project's own tests.
+
+Every run has a state directory of its own, so that what is left in it at the
+end was left by this run; images, keys and what was found out about the host are
+shared with other runs, being a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pytest_smolvm import SSH_BOOT_ARGS, ImageBuilder, SmolVM, VMConfig
+from pytest_smolvm.store import default_state_dir
+
+_shared_state = default_state_dir()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    root = tmp_path_factory.mktemp("state")
+    for name in ("images", "keys", "cache"):
+        (_shared_state / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        (root / name).symlink_to(_shared_state / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SMOLVM_STATE_DIR", str(root))
+        yield root
+        left = sorted(path.name for path in (root / "vms").glob("*"))
+        assert not left, f"this run left VM directories behind: {left}"
+
+
+@pytest.fixture
+def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A state directory with nothing in it, for one test."""
+    root = tmp_path / "own-state"
+    monkeypatch.setenv("SMOLVM_STATE_DIR", str(root))
+    return root
+
+
+@pytest.fixture(scope="session")
+def micro(state_dir: Path) -> tuple[Path, Path]:
+    """Kernel and root disk of the default image."""
+    return ImageBuilder().build_micro_ssh_key()
+
+
+@pytest.fixture
+def micro_config(micro: tuple[Path, Path]) -> VMConfig:
+    return VMConfig(
+        kernel_path=micro[0], rootfs_path=micro[1], boot_args=SSH_BOOT_ARGS, mem_size_mib=256
+    )
+
+
+@pytest.fixture
+def plain_files(tmp_path: Path) -> dict[str, Path]:
+    """Paths for a VMConfig that is never booted."""
+    kernel, rootfs = tmp_path / "vmlinux", tmp_path / "rootfs.ext4"
+    kernel.write_bytes(b"kernel")
+    rootfs.write_bytes(b"rootfs")
+    return {"kernel_path": kernel, "rootfs_path": rootfs}
+
+
+@pytest.fixture(scope="session")
+def shared_guest(micro: tuple[Path, Path]) -> Iterator[SmolVM]:
+    """One guest for all tests that do not test isolation or the life of a VM."""
+    config = VMConfig(
+        kernel_path=micro[0], rootfs_path=micro[1], boot_args=SSH_BOOT_ARGS, mem_size_mib=256
+    )
+    with SmolVM(config) as vm:
+        yield vm
+
+
+@pytest.fixture
+def guest(shared_guest: SmolVM) -> SmolVM:
+    if shared_guest.status != "running":
+        pytest.fail(f"the shared guest is {shared_guest.status}:\n{shared_guest.console[-2000:]}")
+    return shared_guest
+
+
+def qemu_pids() -> set[int]:
+    """The QEMU processes of this machine, by their executable."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/exe"):
+        try:
+            if "qemu-system" in str(path.readlink()):
+                found.add(int(path.parent.name))
+        except OSError:
+            continue
+    return found

@@ -1,0 +1,110 @@
+"""Commands: what the guest's shell gets to see, and how a result reads."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from pytest_smolvm import CommandFailedError, CommandResult, SmolVMError
+from pytest_smolvm.command import shell_line, shorten, wrap
+from pytest_smolvm.guest import listening_ports
+
+
+def result(exit_code: int = 0, stdout: str = "", stderr: str = "") -> CommandResult:
+    return CommandResult(exit_code, stdout, stderr, 0.5, "the command")
+
+
+def run_here(command: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """What a guest's shell would make of it, tried on this host's."""
+    text = wrap(
+        command,
+        token="t0",
+        shell="raw",
+        cwd=options.get("cwd"),  # type: ignore[arg-type]
+        env=options.get("env"),  # type: ignore[arg-type]
+    )
+    return subprocess.run(["/bin/sh", "-c", text], capture_output=True, text=True, check=False)
+
+
+def test_a_list_is_quoted_for_the_shell() -> None:
+    assert shell_line(["echo", "a b", "$x"]) == "echo 'a b' '$x'"
+    assert shell_line("echo $x") == "echo $x"
+
+
+@pytest.mark.parametrize("command", [[], "a\0b", ["a\0"]])
+def test_what_no_shell_could_run_is_refused(command: object) -> None:
+    with pytest.raises(SmolVMError):
+        shell_line(command)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "output"),
+    [
+        ("echo hello", 0, "hello\n"),
+        ("exit 7", 7, ""),
+        ("false", 1, ""),
+        ("echo it\\'s # comment", 0, "it's\n"),
+        ("cat <<END\nhere\nEND", 0, "here\n"),
+        ("sh -c 'kill -9 $$'", 137, ""),
+        ("echo a\\", 0, "a\\\n"),
+        ("", 0, ""),
+    ],
+)
+def test_the_wrapped_command_is_the_command(command: str, status: int, output: str) -> None:
+    done = run_here(command)
+    assert (done.returncode, done.stdout) == (status, output)
+
+
+def test_a_syntax_error_stays_within_the_command() -> None:
+    assert run_here("if (").returncode == 2
+
+
+def test_directory_and_environment_are_the_commands_own() -> None:
+    done = run_here('pwd; echo "$KEY"', cwd="/usr", env={"KEY": "it's $x"})
+    assert done.stdout == "/usr\nit's $x\n"
+    assert run_here("echo never", cwd="/does/not/exist").returncode == 1
+
+
+def test_everything_that_a_command_starts_carries_its_mark() -> None:
+    assert run_here("sh -c 'echo $SMOLVM_RUN'").stdout == "t0\n"
+
+
+def test_a_wrong_variable_or_shell_is_an_error_that_names_it() -> None:
+    with pytest.raises(SmolVMError, match="'1A'"):
+        wrap("true", token="t", shell="raw", cwd=None, env={"1A": "x"})
+    with pytest.raises(SmolVMError, match="'fish'"):
+        wrap("true", token="t", shell="fish", cwd=None, env=None)  # type: ignore[arg-type]
+
+
+def test_a_result_knows_whether_it_is_ok() -> None:
+    assert result().ok
+    assert not result(1).ok
+    assert result(stdout="  text\n").output == "text"
+    assert result().check() == result()
+
+
+def test_a_failed_check_shows_all_of_it() -> None:
+    with pytest.raises(CommandFailedError) as caught:
+        result(3, "some output\n", "some error\n").check()
+    for part in ("'the command'", "exit status 3", "some output", "some error"):
+        assert part in str(caught.value)
+    assert caught.value.result.exit_code == 3
+
+
+def test_long_output_is_shown_without_its_middle() -> None:
+    text = shorten("a" * 100 + "b" * 100, limit=100)
+    assert text.startswith("a" * 50)
+    assert text.endswith("b" * 50)
+    assert "100 characters left out" in text
+
+
+def test_listeners_are_read_from_the_kernels_tables() -> None:
+    tables = (
+        "  sl  local_address rem_address   st tx_queue\n"
+        "   0: 00000000:0016 00000000:0000 0A 00000000:00000000 00:00000000\n"
+        "   1: 0F02000A:0016 0202000A:9534 01 00000000:00000000 02:00000000\n"
+        "   0: 00000000000000000000000000000000:1F90 0000:0000 0A 00000000\n"
+    )
+    assert listening_ports(tables) == {22, 8080}
+    assert listening_ports("") == set()

@@ -1,0 +1,109 @@
+"""Processes: tools that fail in words, machines that do not outlive their owner."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from pytest_smolvm.hostloop import await_result
+from pytest_smolvm.process import (
+    MachineProcess,
+    ProcessIdentity,
+    ToolError,
+    find_tool,
+    run_tool,
+)
+
+
+def test_a_tool_that_fails_shows_what_it_said() -> None:
+    with pytest.raises(ToolError, match="exit status 3:\nno such luck"):
+        run_tool(["sh", "-c", "echo no such luck >&2; exit 3"], timeout_s=10)
+
+
+def test_a_tool_that_does_not_end_is_ended() -> None:
+    with pytest.raises(ToolError, match=r"did not end within 0.1 s"):
+        run_tool(["sleep", "60"], timeout_s=0.1)
+
+
+def test_a_missing_tool_is_an_error_that_names_its_package() -> None:
+    with pytest.raises(ToolError, match="apt-get install some-package"):
+        find_tool("no-such-tool", "some-package")
+
+
+def test_administrators_tools_are_found_without_their_folders_on_the_path(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert find_tool("mkfs.ext4", "e2fsprogs").endswith("sbin/mkfs.ext4")
+
+
+def machine(tmp_path: Path, *argv: str) -> MachineProcess:
+    return MachineProcess(argv, cwd=tmp_path, log=tmp_path / "log", pass_fds=[])
+
+
+def test_a_machine_outlives_the_thread_that_asked_for_it(tmp_path: Path) -> None:
+    started: list[MachineProcess] = []
+    thread = threading.Thread(target=lambda: started.append(machine(tmp_path, "sleep", "60")))
+    thread.start()
+    thread.join()
+    assert started[0].wait(0.3) is None
+    started[0].kill()
+    assert started[0].poll() == -signal.SIGKILL
+
+
+def test_a_machines_end_and_output_are_seen(tmp_path: Path) -> None:
+    process = machine(tmp_path, "sh", "-c", "echo last words; exit 5")
+    assert process.wait(30) == 5
+    assert process.output_tail() == "last words"
+
+
+def test_a_machine_dies_with_its_owner_though_that_was_killed(tmp_path: Path) -> None:
+    script = (
+        "import sys, pathlib; from pytest_smolvm.process import MachineProcess\n"
+        "d = pathlib.Path(sys.argv[1])\n"
+        "p = MachineProcess(['sleep', '600'], cwd=d, log=d / 'log', pass_fds=[])\n"
+        "print(p.pid, flush=True); sys.stdin.read()\n"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with owner:
+        assert owner.stdout is not None
+        pid = int(owner.stdout.readline())
+        pidfd = os.pidfd_open(pid)
+        identity = ProcessIdentity.of(pid)
+        assert identity is not None
+        owner.send_signal(signal.SIGKILL)
+        owner.wait(30)
+        import select
+
+        readable, _, _ = select.select([pidfd], [], [], 30)
+        os.close(pidfd)
+    assert readable
+    assert not identity.is_alive()
+
+
+def test_an_identity_is_not_that_of_a_later_process() -> None:
+    own = ProcessIdentity.of(os.getpid())
+    assert own is not None
+    assert own.is_alive()
+    other = ProcessIdentity(own.pid, own.start_ticks - 1)
+    assert not other.is_alive()
+    other.kill()  # would end this very test
+
+
+def test_a_coroutine_past_its_time_is_an_error_that_names_it() -> None:
+    import asyncio
+
+    from pytest_smolvm import OperationTimeoutError
+
+    with pytest.raises(OperationTimeoutError, match="a long wait"):
+        await_result(asyncio.sleep(60), operation="a long wait", timeout_s=0.05)
