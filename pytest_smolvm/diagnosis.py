@@ -12,6 +12,9 @@ from pytest_smolvm.errors import BackendError, OperationTimeoutError
 
 CONSOLE_TAIL_LINES = 30
 _TAIL_BYTES = 64 << 10
+_LINES_SEARCHED = 150
+_LINES_BEFORE_COMPLAINT = 8
+_COMPLAINTS = ("Kernel panic", "Oops:", "BUG:", "Out of memory")
 
 # Terminal escape sequences (ECMA-48) and other control characters: what a guest
 # prints must not drive the terminal of whoever reads the report.
@@ -33,8 +36,8 @@ def read_console(path: Path) -> str:
         return ""
 
 
-def console_tail(path: Path, lines: int = CONSOLE_TAIL_LINES) -> str:
-    """The last lines of the console, made harmless."""
+def console_tail(path: Path) -> str:
+    """The last lines of the console that matter, made harmless."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -42,7 +45,23 @@ def console_tail(path: Path, lines: int = CONSOLE_TAIL_LINES) -> str:
             text = file.read().decode(errors="replace")
     except FileNotFoundError:
         return ""
-    return "\n".join(harmless(text).strip().splitlines()[-lines:])
+    return last_lines(text)
+
+
+def last_lines(text: str) -> str:
+    """The last lines of a console's text, made harmless.
+
+    As many as make a screen, or more, so as to start a little before the kernel
+    first complained: a panic's register dump would else hide its reason.
+    """
+    lines = harmless(text).strip().splitlines()
+    start = len(lines) - CONSOLE_TAIL_LINES
+    recent = max(0, len(lines) - _LINES_SEARCHED)
+    for number in range(recent, len(lines)):
+        if any(word in lines[number] for word in _COMPLAINTS):
+            start = min(start, number - _LINES_BEFORE_COMPLAINT)
+            break
+    return "\n".join(lines[max(0, start) :])
 
 
 def _console_section(console: str) -> str:

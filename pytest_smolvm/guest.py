@@ -21,7 +21,8 @@ DEFAULT_COMMAND_TIMEOUT_S = 30.0
 _TRANSFER_TIMEOUT_S = 600.0
 _RECONNECT_TIMEOUT_S = 30.0
 _POLL_S = 0.05
-_DEATH_GRACE_S = 1.0
+# A guest that switches itself off ends its SSH server seconds before the machine.
+_DEATH_GRACE_S = 5.0
 _LISTEN_STATE = "0A"  # include/net/tcp_states.h
 
 

@@ -121,6 +121,7 @@ class MachineProcess:
     def __init__(self, argv: Sequence[str], *, cwd: Path, log: Path, pass_fds: Sequence[int]):
         self.argv = list(argv)
         self._log = log
+        log.touch(mode=0o600)
         with log.open("wb") as output:
             self._popen = call_on_host_loop(
                 lambda: subprocess.Popen(

@@ -24,6 +24,11 @@ from pytest_smolvm.process import Deadline
 
 logger = logging.getLogger(__name__)
 
+# Connections that break are told of in exceptions; what paramiko logs of them at
+# level ERROR would only appear on the standard error of programs without logging.
+_TRANSPORT_LOG = f"{__name__}.transport"
+logging.getLogger(_TRANSPORT_LOG).addHandler(logging.NullHandler())
+
 # An emulated network accepts a connection before anybody listens in the guest,
 # and tries again only after seconds; so give each attempt up early, and try often.
 _BANNER_TIMEOUT_S = 0.1
@@ -156,6 +161,7 @@ def _banner_comes(sock: socket.socket, timeout_s: float) -> bool:
 def _log_in(sock: socket.socket, login: Login, deadline: Deadline) -> paramiko.Transport:
     sock.settimeout(None)
     transport = paramiko.Transport(sock)
+    transport.set_log_channel(_TRANSPORT_LOG)
     transport.banner_timeout = deadline.remaining_s()
     transport.handshake_timeout = deadline.remaining_s()
     transport.auth_timeout = max(0.01, deadline.remaining_s())

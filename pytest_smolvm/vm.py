@@ -91,6 +91,7 @@ class SmolVM(Inside):
         self._guest: Guest | None = None
         self._host_key = ""
         self._last_console = ""
+        self._during = "on its own"
         self._deleted = False
         self._timings: dict[str, float] = {}
         self._guard = threading.RLock()
@@ -136,7 +137,7 @@ class SmolVM(Inside):
         vm._ssh_key_path = Path(record.ssh_key_path) if record.ssh_key_path else None
         vm._state = VMState(record.status)
         vm._backend = vm._machine = vm._guest = vm._directory = None
-        vm._last_console, vm._host_key = "", ""
+        vm._last_console, vm._host_key, vm._during = "", "", ""
         vm._deleted = False
         vm._timings = {}
         vm._guard = threading.RLock()
@@ -177,6 +178,7 @@ class SmolVM(Inside):
             if self._machine is not None and self._machine.poll() is None:
                 raise SmolVMError(f"the VM {self.vm_id!r} is already {self.status}")
             self._check_not_deleted()
+            self._end_machine()
             try:
                 self._boot(boot_timeout)
             except BaseException:
@@ -221,6 +223,7 @@ class SmolVM(Inside):
 
     def _connect(self, deadline: Deadline, during: str) -> float:
         assert self._guest is not None and self._machine is not None  # noqa: S101, PT018
+        self._during = during
         try:
             return self._guest.connect(deadline)
         except OperationTimeoutError as error:
@@ -230,6 +233,8 @@ class SmolVM(Inside):
             raise diagnosis.never_answered(
                 self.vm_id, error, self._machine.command_line, self._console_path
             ) from None
+        finally:
+            self._during = "on its own"
 
     def _spec(self, directory: VMDirectory, disk: Disk) -> MachineSpec:
         assert self._backend is not None  # noqa: S101 - chosen before
@@ -503,7 +508,7 @@ class SmolVM(Inside):
             raise SmolVMError(f"the VM {self.vm_id!r} is {self.status}: start() it first")
         end = self._machine.wait(grace_s) if grace_s else self._machine.poll()
         if end is not None:
-            raise diagnosis.died(self.vm_id, "on its own", end, self._console_path)
+            raise diagnosis.died(self.vm_id, self._during, end, self._console_path)
         if self._state is VMState.PAUSED:
             raise SmolVMError(f"the VM {self.vm_id!r} is paused: resume() it first")
 

@@ -122,8 +122,7 @@ def kernel_command_line(boot_args: str, architecture: Architecture, read_only: b
             word = "reboot=t"
         elif word in ("rw", "ro") and read_only:
             word = "ro"
-        if word not in words:
-            words.append(word)
+        words.append(word)
 
     def says(*prefixes: str) -> bool:
         return any(word.startswith(prefixes) for word in words)

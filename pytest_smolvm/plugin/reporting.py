@@ -25,16 +25,12 @@ def pytest_runtest_makereport(
     report = yield
     vms = item.stash.get(_vms_key, [])
     if report.failed and vms:
-        from pytest_smolvm.diagnosis import CONSOLE_TAIL_LINES, harmless
+        from pytest_smolvm.diagnosis import last_lines
 
         for vm in vms:
-            lines = harmless(vm.console).strip().splitlines()[-CONSOLE_TAIL_LINES:]
-            report.sections.append(
-                (
-                    f"console of {vm.vm_id} (last {len(lines)} lines)",
-                    "\n".join(lines) or "(nothing)",
-                )
-            )
+            text = last_lines(vm.console)
+            title = f"console of {vm.vm_id} (last {len(text.splitlines())} lines)"
+            report.sections.append((title, text or "(nothing)"))
     return report
 
 
