@@ -7,6 +7,7 @@ shared with other runs, being a cache.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,12 +80,15 @@ def guest(shared_guest: SmolVM) -> SmolVM:
 
 
 def qemu_pids() -> set[int]:
-    """The QEMU processes of this machine, by their executable."""
+    """The QEMU processes of this run: those whose files lie in its state directory."""
+    ours = os.fsencode(os.environ["SMOLVM_STATE_DIR"])
     found = set()
-    for path in Path("/proc").glob("[0-9]*/exe"):
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if "qemu-system" in str(path.readlink()):
-                found.add(int(path.parent.name))
+            argv = path.read_bytes().split(b"\0")
         except OSError:
             continue
+        # Not setpriv, which is about to become QEMU.
+        if b"qemu-system" in argv[0] and any(ours in argument for argument in argv):
+            found.add(int(path.parent.name))
     return found

@@ -1,0 +1,224 @@
+"""The image `micro`: built once, whole or not at all, by anybody."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pytest_smolvm import SSH_BOOT_ARGS, ImageBuilder, ImageError, SmolVM, VMConfig
+from pytest_smolvm.images.kernel import ELF_MAGIC
+
+BUILD = """
+import sys
+from pytest_smolvm import ImageBuilder
+builder = ImageBuilder(sys.argv[1], progress=lambda line: print(line, flush=True))
+print("BUILT", *builder.build_micro_ssh_key(name=sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def cache(tmp_path: Path, micro: tuple[Path, Path]) -> Path:
+    """A cache with the packages in it, but no image."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "debian").symlink_to(micro[0].parents[1] / "debian")
+    return cache
+
+
+def start_build(cache: Path, name: str = "micro") -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", BUILD, str(cache), name],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def images(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.iterdir() if path.is_dir() and path.name != "debian")
+
+
+def test_an_image_is_a_kernel_its_initrd_and_a_root_disk(micro: tuple[Path, Path]) -> None:
+    kernel, rootfs = micro
+    assert kernel.name == "vmlinux"
+    assert kernel.read_bytes()[:4] == ELF_MAGIC
+    assert kernel.with_name("vmlinux.initrd").read_bytes()[:6] == b"070701"
+    assert rootfs.stat().st_size == 128 << 20
+    manifest = json.loads(rootfs.with_name("rootfs.ext4.smolvm.json").read_text())
+    assert manifest["host_key"].startswith("ssh-ed25519 ")
+    assert "busybox-static" in manifest["packages"]
+    assert len(manifest["authorized_keys"]) == 1
+
+
+def test_a_second_request_builds_nothing(cache: Path) -> None:
+    lines: list[str] = []
+    builder = ImageBuilder(cache, progress=lines.append)
+    first = builder.build_micro_ssh_key()
+    assert any("ready" in line for line in lines)
+    lines.clear()
+    assert builder.build_micro_ssh_key() == first
+    assert lines == []
+
+
+def test_what_goes_into_an_image_decides_which_image_it_is(cache: Path) -> None:
+    builder = ImageBuilder(cache, progress=lambda _: None)
+    one, rootfs = builder.build_micro_ssh_key()
+    other, larger = builder.build_micro_ssh_key(rootfs_size_mb=64)
+    assert one != other
+    assert larger.stat().st_size == 64 << 20
+    keys = {
+        json.loads(path.with_name("rootfs.ext4.smolvm.json").read_text())["host_key"]
+        for path in (rootfs, larger)
+    }
+    assert len(keys) == 2, "each image has a host key of its own"
+
+
+def test_processes_that_build_at_once_build_once(cache: Path) -> None:
+    builds = [start_build(cache) for _ in range(4)]
+    outputs = [build.communicate(timeout=300)[0] for build in builds]
+    assert [build.returncode for build in builds] == [0] * 4
+    assert sum("making the root disk" in output for output in outputs) == 1
+    assert len({output.split("BUILT ")[1] for output in outputs}) == 1
+    assert len(images(cache)) == 1
+
+
+def test_threads_that_build_at_once_build_once(cache: Path) -> None:
+    lines: list[str] = []
+    builder = ImageBuilder(cache, progress=lines.append)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        results = set(pool.map(lambda _: builder.build_micro_ssh_key(), range(4)))
+    assert len(results) == 1
+    assert sum("making the root disk" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize("at", ["unpacking the kernel", "making the root disk"])
+def test_a_build_killed_half_way_leaves_nothing_that_passes_for_whole(cache: Path, at: str) -> None:
+    build = start_build(cache)
+    with build:
+        assert build.stdout is not None
+        while at not in (line := build.stdout.readline()):
+            assert line, "the build ended before it got there"
+        time.sleep(0.05)
+        build.send_signal(signal.SIGKILL)
+        build.wait(30)
+    assert not any(name.startswith("micro-") for name in images(cache))
+    again = start_build(cache)
+    output = again.communicate(timeout=300)[0]
+    assert "BUILT" in output
+    assert len(images(cache)) == 1, "what the killed build left is gone"
+    for name in ("vmlinux", "vmlinux.initrd", "rootfs.ext4", "rootfs.ext4.smolvm.json"):
+        assert (cache / images(cache)[0] / name).stat().st_size > 0
+
+
+def test_an_ordinary_user_builds_and_boots_it(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """From nothing: no packages, no keys, no root rights."""
+    if os.geteuid() != 0:
+        pytest.skip("this run is an ordinary user's already")
+    python = shutil.which("python3", path="/usr/bin")
+    if python is None or not same_version(python):
+        pytest.skip("ordinary users can reach no Python of this version here")
+    home = Path("/var/tmp") / f"smolvm-test-{os.getpid()}"
+    home.mkdir(mode=0o755)
+    try:
+        source, packages = home / "source", home / "packages"
+        shutil.copytree(Path(__file__).parents[2] / "pytest_smolvm", source / "pytest_smolvm")
+        site = next(path for path in sys.path if path.endswith("site-packages"))
+        shutil.copytree(site, packages, ignore=shutil.ignore_patterns("__pycache__", "*mypy*"))
+        state = home / "state"
+        state.mkdir()
+        os.chown(state, 65534, 65534)
+        script = (
+            "import os; assert os.geteuid() == 65534\n"
+            "from pytest_smolvm import SmolVM\n"
+            "with SmolVM(mem_size_mib=256) as vm:\n"
+            "    print(vm.run('id -u; stat -c %u:%g /etc/passwd /root /init').stdout.split())\n"
+        )
+        done = subprocess.run(
+            [python, "-c", script],
+            user=65534,
+            group=65534,
+            extra_groups=[],
+            cwd=state,
+            env={
+                "PATH": "/usr/bin:/bin",
+                "HOME": str(state),
+                "SMOLVM_STATE_DIR": str(state / "smolvm"),
+                "PYTHONPATH": f"{source}:{packages}",
+            },
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == "['0', '0:0', '0:0', '0:0']"
+    finally:
+        shutil.rmtree(home)
+
+
+def same_version(python: str) -> bool:
+    script = "import sys; print(*sys.version_info[:2])"
+    found = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True)
+    return found.stdout.split() == [str(part) for part in sys.version_info[:2]]
+
+
+def test_a_guest_has_what_users_expect(micro: tuple[Path, Path]) -> None:
+    config = VMConfig(
+        kernel_path=micro[0], rootfs_path=micro[1], boot_args=SSH_BOOT_ARGS, mem_size_mib=256
+    )
+    with SmolVM(config) as vm:
+        assert vm.run("id -u").output == "0"
+        assert vm.run("mount | grep ' / '").output.startswith("/dev/vda on / type ext4 (rw")
+        assert vm.run("ls /sys/class/net").stdout.split() == ["eth0", "lo"]
+        assert vm.run("cat /sys/class/misc/hw_random/rng_current").output.startswith("virtio_rng")
+        assert vm.run("ls -ld /tmp").output.startswith("drwxrwxrwt")
+        # Programs from the host's kind of system run there: the C library is whole.
+        assert vm.run("/lib64/ld-linux-x86-64.so.2 --version").ok
+        assert abs(int(vm.run("date +%s").output) - time.time()) < 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"public_key": "no key"}, "'no key' is not a public key"),
+        ({"public_key": "ssh-ed25519 AAAA\nssh-ed25519 BBBB"}, "single line"),
+        ({"name": "../micro"}, "'../micro' is no name"),
+        ({"rootfs_size_mb": 1}, "rootfs_size_mb=1 is out of range"),
+        ({"rootfs_size_mb": -5}, "rootfs_size_mb=-5 is out of range"),
+    ],
+)
+def test_wrong_arguments_are_named_and_build_nothing(
+    cache: Path, arguments: dict[str, object], named: str
+) -> None:
+    with pytest.raises(ImageError) as caught:
+        ImageBuilder(cache).build_micro_ssh_key(**arguments)  # type: ignore[arg-type]
+    assert named in str(caught.value)
+    assert images(cache) == []
+
+
+def test_without_a_network_the_error_says_what_was_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An archive that is not there: a proxy on a port that nobody listens on.
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(ImageError, match="is the network up"):
+        ImageBuilder(tmp_path, progress=lambda _: None).build_micro_ssh_key()
+    assert images(tmp_path) == []
+
+
+def test_a_host_without_apt_is_told_what_to_do_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ImageError, match="'apt-get' is not installed"):
+        ImageBuilder(tmp_path / "cache").build_micro_ssh_key()
