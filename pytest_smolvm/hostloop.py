@@ -19,6 +19,8 @@ from pytest_smolvm.errors import OperationTimeoutError
 
 T = TypeVar("T")
 
+_CANCEL_GRACE_S = 2.0
+
 
 class _HostLoop:
     def __init__(self) -> None:
@@ -56,16 +58,29 @@ def await_result(coroutine: Coroutine[Any, Any, T], *, operation: str, timeout_s
     Past ``timeout_s`` seconds it is cancelled and ``OperationTimeoutError``
     names the ``operation``.
     """
-    future = asyncio.run_coroutine_threadsafe(coroutine, _host_loop().loop)
+    ended = threading.Event()
+
+    async def run() -> T:
+        try:
+            return await coroutine
+        finally:
+            ended.set()
+
+    future = asyncio.run_coroutine_threadsafe(run(), _host_loop().loop)
     try:
         return future.result(timeout_s)
     except concurrent.futures.TimeoutError:
         if future.done():  # the coroutine's own TimeoutError, not ours
             raise
         future.cancel()
+        ended.wait(_CANCEL_GRACE_S)
         raise OperationTimeoutError(operation, timeout_s) from None
     except BaseException:
-        future.cancel()
+        # Ctrl-C, most likely. What cleans up next must not meet the coroutine
+        # in the middle of its own clean-up.
+        if not future.done():
+            future.cancel()
+            ended.wait(_CANCEL_GRACE_S)
         raise
 
 

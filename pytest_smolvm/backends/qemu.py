@@ -65,6 +65,7 @@ class QemuBackend:
         try:
             machine.greet(ours, deadline)
         except BaseException:
+            ours.close()
             machine.kill()
             raise
         return machine
@@ -106,7 +107,6 @@ class QemuMachine:
             self._monitor.connect(our_end, max(1.0, deadline.remaining_s()))
             self._ssh_port = self._host_ports()[22]
         except (ConnectionError, BackendError) as error:
-            our_end.close()
             end = self.wait(5)
             if end is None:
                 raise

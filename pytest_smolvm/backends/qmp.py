@@ -8,7 +8,14 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, QMPClient, QMPError
+from qemu.qmp import (
+    EventListener,
+    ExecInterruptedError,
+    ExecuteError,
+    QMPClient,
+    QMPError,
+    Runstate,
+)
 
 from pytest_smolvm.errors import BackendError, OperationTimeoutError
 from pytest_smolvm.hostloop import await_result
@@ -101,8 +108,9 @@ class Monitor:
         """Hang up and let the tasks end; a QEMU that is gone already is no error."""
 
         async def close() -> None:
-            with contextlib.suppress(QMPError, OSError, EOFError):
-                await self._client.disconnect()
+            if self._client.runstate is not Runstate.IDLE:
+                with contextlib.suppress(QMPError, OSError, EOFError):
+                    await self._client.disconnect()
             if self._watcher is not None:
                 self._watcher.cancel()
                 await asyncio.gather(self._watcher, return_exceptions=True)

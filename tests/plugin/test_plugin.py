@@ -313,7 +313,7 @@ def test_ctrl_c_leaves_nothing(
         # As a terminal does it: to the whole process group.
         os.killpg(run.pid, signal.SIGINT)
         output, _ = run.communicate(timeout=60)
-    assert run.returncode == pytest.ExitCode.INTERRUPTED
+    assert run.returncode == pytest.ExitCode.INTERRUPTED, output
     assert "KeyboardInterrupt" in output
     assert list((state_dir / "vms").iterdir()) == []
     assert qemu_pids() == others
