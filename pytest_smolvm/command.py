@@ -196,27 +196,16 @@ def execute(
     A connection that ends first is a ``ConnectionError`` or paramiko's own.
     """
     operation = "the command"
-    try:
-        # 0 would mean "wait for ever" to paramiko.
-        channel = transport.open_session(timeout=max(0.001, deadline.remaining_s()))
-    except paramiko.SSHException:
-        if deadline.passed() and transport.is_active():
-            raise OperationTimeoutError(operation, deadline.timeout_s) from None
-        raise
+    channel = _start(transport, line, deadline)
     feeder = None
     try:
-        channel.settimeout(max(0.001, deadline.remaining_s()))
-        try:
-            channel.exec_command(line)
-            if stdin:
-                feeder = threading.Thread(
-                    target=_feed, args=(channel, stdin), name="smolvm-stdin", daemon=True
-                )
-                feeder.start()
-            else:
-                channel.shutdown_write()
-        except TimeoutError:
-            raise OperationTimeoutError(operation, deadline.timeout_s) from None
+        if stdin:
+            feeder = threading.Thread(
+                target=_feed, args=(channel, stdin), name="smolvm-stdin", daemon=True
+            )
+            feeder.start()
+        else:
+            channel.shutdown_write()
         ready = channel.fileno()
         while True:
             moved = False
@@ -247,6 +236,35 @@ def execute(
         channel.close()
         if feeder is not None:
             feeder.join(1)
+
+
+def _start(transport: paramiko.Transport, line: str, deadline: Deadline) -> paramiko.Channel:
+    """A channel on which the guest was asked to run ``line``, and said that it does."""
+    try:
+        # 0 would mean "wait for ever" to paramiko.
+        channel = transport.open_session(timeout=max(0.001, deadline.remaining_s()))
+    except paramiko.SSHException:
+        if deadline.passed() and transport.is_active():
+            raise OperationTimeoutError("the command", deadline.timeout_s) from None
+        raise
+    # exec_command() knows no timeout, but ends when its channel is closed.
+    watchdog = threading.Timer(deadline.remaining_s(), channel.close)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        channel.exec_command(line)
+        channel.settimeout(max(0.001, deadline.remaining_s()))
+    except paramiko.SSHException:
+        channel.close()
+        if deadline.passed() and transport.is_active():
+            raise OperationTimeoutError("the command", deadline.timeout_s) from None
+        raise
+    except BaseException:
+        channel.close()
+        raise
+    finally:
+        watchdog.cancel()
+    return channel
 
 
 def _feed(channel: paramiko.Channel, data: bytes) -> None:

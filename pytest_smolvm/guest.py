@@ -1,9 +1,8 @@
-"""The inside of a VM: one kept SSH connection, and what is done over it."""
+"""The inside of a VM: commands, files, variables and waits, over SSH."""
 
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,12 +13,12 @@ from pytest_smolvm import command as commands
 from pytest_smolvm import envvars, ssh, transfer
 from pytest_smolvm.command import CommandResult, Shell
 from pytest_smolvm.config import check_env_vars
+from pytest_smolvm.connections import Connections
 from pytest_smolvm.errors import OperationTimeoutError, SmolVMError
 from pytest_smolvm.process import Deadline
 
 DEFAULT_COMMAND_TIMEOUT_S = 30.0
 _TRANSFER_TIMEOUT_S = 600.0
-_RECONNECT_TIMEOUT_S = 30.0
 _POLL_S = 0.05
 # A guest that switches itself off ends its SSH server seconds before the machine.
 _DEATH_GRACE_S = 5.0
@@ -27,7 +26,7 @@ _LISTEN_STATE = "0A"  # include/net/tcp_states.h
 
 
 class Guest:
-    """Commands and files in one guest, over one connection that is kept and renewed.
+    """Commands and files in one guest, over connections that are kept and renewed.
 
     ``check_usable`` raises when the machine cannot be talked to (ended, paused),
     after giving a dying one so many seconds to be seen dead.
@@ -39,27 +38,15 @@ class Guest:
         login: ssh.Login,
         check_usable: Callable[[float], None],
     ) -> None:
-        self._address = address
-        self._login = login
         self._check_usable = check_usable
-        self._transport: paramiko.Transport | None = None
-        self._guard = threading.RLock()
+        self._connections = Connections(address, login, lambda: check_usable(0))
 
     def connect(self, deadline: Deadline) -> float:
         """Wait for the SSH server and log in; returns when the banner came (monotonic)."""
-        with self._guard:
-            connected = ssh.connect(
-                self._address, self._login, deadline, lambda: self._check_usable(0)
-            )
-            self.disconnect()
-            self._transport = connected.transport
-            return connected.banner_at
+        return self._connections.open(deadline)
 
     def disconnect(self) -> None:
-        with self._guard:
-            if self._transport is not None:
-                self._transport.close()
-                self._transport = None
+        self._connections.close()
 
     def run(
         self,
@@ -75,9 +62,12 @@ class Guest:
         """See ``SmolVM.run``."""
         if timeout <= 0:
             raise SmolVMError(f"timeout={timeout!r} is not valid: give seconds above 0")
-        with self._renewed_on_loss(f"the command {command!r}"):
+        with (
+            self._explained(f"the command {command!r}"),
+            self._connections.lend(timeout) as transport,
+        ):
             result = commands.run(
-                self._live_transport(timeout),
+                transport,
                 command,
                 timeout,
                 shell=shell,
@@ -197,20 +187,12 @@ class Guest:
                 )
             time.sleep(_POLL_S)
 
-    def _live_transport(self, timeout_s: float) -> paramiko.Transport:
-        self._check_usable(0)
-        with self._guard:
-            if self._transport is None or not self._transport.is_active():
-                self.connect(Deadline(min(timeout_s, _RECONNECT_TIMEOUT_S)))
-            assert self._transport is not None  # noqa: S101 - connect() set it
-            return self._transport
-
     def _executor(self, operation: str, timeout_s: float) -> transfer.Execute:
         def execute(line: str, stdin: bytes | None, on_stdout: Callable[[bytes], object]) -> None:
             errors = bytearray()
-            with self._renewed_on_loss(operation):
+            with self._explained(operation), self._connections.lend(timeout_s) as transport:
                 status = commands.execute(
-                    self._live_transport(timeout_s),
+                    transport,
                     line,
                     deadline=Deadline(timeout_s),
                     stdin=stdin,
@@ -230,12 +212,11 @@ class Guest:
         return execute
 
     @contextlib.contextmanager
-    def _renewed_on_loss(self, operation: str) -> Iterator[None]:
+    def _explained(self, operation: str) -> Iterator[None]:
         """A connection that breaks becomes an error that says why: often, a dead machine."""
         try:
             yield
         except (paramiko.SSHException, OSError, EOFError) as error:
-            self.disconnect()
             self._check_usable(_DEATH_GRACE_S)
             raise SmolVMError(
                 f"the SSH connection was lost during {operation}: {error or type(error).__name__}"

@@ -21,6 +21,12 @@ def initrd_init(modules: Iterable[str]) -> str:
     return f"""#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
 mount -t devtmpfs dev /dev
+# What is merely written to the console may still wait in its queue when the end of
+# this process panics the kernel. The kernel's own log is written out at once.
+give_up() {{
+    echo "<2>smolvm: $*" > /dev/kmsg
+    exit 1
+}}
 for module in {" ".join(modules)}; do
     insmod "/modules/$module.ko"
 done
@@ -49,14 +55,9 @@ done
 # A journal that needs replay cannot be replayed on a read-only disk: noload.
 mount -t "$type" -o "$flags" "$root" /root-disk 2> /dev/null ||
     mount -t "$type" -o ro "$root" /root-disk 2> /dev/null ||
-    mount -t "$type" -o ro,noload "$root" /root-disk || {{
-        echo "smolvm: the root disk $root cannot be mounted as $type"
-        exit 1
-    }}
-if [ ! -x "/root-disk$init" ]; then
-    echo "smolvm: the root disk has no program $init to start"
-    exit 1
-fi
+    mount -t "$type" -o ro,noload "$root" /root-disk ||
+    give_up "the root disk $root cannot be mounted as $type"
+[ -x "/root-disk$init" ] || give_up "the root disk has no program $init to start"
 mount --move /dev /root-disk/dev
 mount --move /proc /root-disk/proc
 exec /bin/busybox switch_root /root-disk "$init"

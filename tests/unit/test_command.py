@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
+import threading
 
+import paramiko
 import pytest
 
-from pytest_smolvm import CommandFailedError, CommandResult, SmolVMError
-from pytest_smolvm.command import shell_line, shorten, wrap
+from pytest_smolvm import (
+    CommandFailedError,
+    CommandResult,
+    OperationTimeoutError,
+    SmolVMError,
+)
+from pytest_smolvm.command import execute, shell_line, shorten, wrap
 from pytest_smolvm.guest import listening_ports
+from pytest_smolvm.process import Deadline
 
 
 def result(exit_code: int = 0, stdout: str = "", stderr: str = "") -> CommandResult:
@@ -108,3 +117,39 @@ def test_listeners_are_read_from_the_kernels_tables() -> None:
     )
     assert listening_ports(tables) == {22, 8080}
     assert listening_ports("") == set()
+
+
+class _Mute(paramiko.ServerInterface):
+    """A server that opens sessions, and says nothing when it is asked to run a command."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+        self.answered = False
+
+    def check_auth_none(self, username: str) -> int:
+        return paramiko.AUTH_SUCCESSFUL
+
+    def check_channel_request(self, kind: str, chanid: int) -> int:
+        return paramiko.OPEN_SUCCEEDED
+
+    def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
+        self.over.wait(10)
+        self.answered = True
+        return False
+
+
+def test_a_server_that_does_not_answer_is_waited_for_no_longer_than_the_timeout() -> None:
+    ours, theirs = socket.socketpair()
+    mute = _Mute()
+    with paramiko.Transport(theirs) as server, paramiko.Transport(ours) as client:
+        server.add_server_key(paramiko.ECDSAKey.generate())
+        server.start_server(event=threading.Event(), server=mute)
+        client.start_client(timeout=10)
+        client.auth_none("root")
+        try:
+            with pytest.raises(OperationTimeoutError):
+                execute(client, "true", deadline=Deadline(0.3))
+            assert client.is_active()
+            assert not mute.answered
+        finally:
+            mute.over.set()

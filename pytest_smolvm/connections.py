@@ -1,0 +1,104 @@
+"""The open SSH connections of one guest: one is kept, more are opened when needed."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+import paramiko
+
+from pytest_smolvm import ssh
+from pytest_smolvm.process import Deadline
+
+_RECONNECT_TIMEOUT_S = 30.0
+_KEPT_IDLE = 8
+
+
+class Connections:
+    """Lends out connections, each to one user at a time; whoever comes alone meets just one.
+
+    SSH could carry many commands over one connection, but servers are not up to
+    it: OpenSSH refuses more than MaxSessions at a time (sshd_config(5)), and
+    dropbear before 2024 closes a session that has not begun when the command of
+    another one ends (sesscheckclose in svr-chansession.c), at times dying of it.
+
+    ``check_usable`` raises when the machine cannot be talked to.
+    """
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        login: ssh.Login,
+        check_usable: Callable[[], None],
+    ) -> None:
+        self._address = address
+        self._login = login
+        self._check_usable = check_usable
+        self._idle: list[paramiko.Transport] = []
+        self._open: set[paramiko.Transport] = set()
+        self._guard = threading.Lock()
+        # Servers also limit how many may be logging in at a time (dropbear to 5).
+        self._logging_in = threading.Lock()
+
+    def open(self, deadline: Deadline) -> float:
+        """Close all, wait for the SSH server, log in; returns when the banner came (monotonic)."""
+        self.close()
+        transport, banner_at = self._connect(deadline)
+        self._give_back(transport)
+        return banner_at
+
+    def close(self) -> None:
+        """Close all connections, those in use as well."""
+        with self._guard:
+            closing = list(self._open)
+            self._open.clear()
+            self._idle.clear()
+        for transport in closing:
+            transport.close()
+
+    @contextlib.contextmanager
+    def lend(self, timeout_s: float) -> Iterator[paramiko.Transport]:
+        """A connection for one command; it is closed if that ends in an error."""
+        self._check_usable()
+        transport = self._take_idle()
+        if transport is None:
+            transport, _ = self._connect(Deadline(min(timeout_s, _RECONNECT_TIMEOUT_S)))
+        try:
+            yield transport
+        except BaseException:
+            # There is no telling what state the server's side is in.
+            self._drop(transport)
+            raise
+        self._give_back(transport)
+
+    def _take_idle(self) -> paramiko.Transport | None:
+        while True:
+            with self._guard:
+                if not self._idle:
+                    return None
+                transport = self._idle.pop()
+            if transport.is_active():
+                return transport
+            self._drop(transport)
+
+    def _connect(self, deadline: Deadline) -> tuple[paramiko.Transport, float]:
+        with self._logging_in:
+            connected = ssh.connect(self._address, self._login, deadline, self._check_usable)
+        with self._guard:
+            self._open.add(connected.transport)
+        return connected.transport, connected.banner_at
+
+    def _give_back(self, transport: paramiko.Transport) -> None:
+        with self._guard:
+            # Not one that close() has closed meanwhile.
+            keep = transport in self._open and len(self._idle) < _KEPT_IDLE
+            if keep:
+                self._idle.append(transport)
+        if not keep:
+            self._drop(transport)
+
+    def _drop(self, transport: paramiko.Transport) -> None:
+        with self._guard:
+            self._open.discard(transport)
+        transport.close()
