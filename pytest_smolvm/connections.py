@@ -12,6 +12,8 @@ from pytest_smolvm import ssh
 from pytest_smolvm.process import Deadline
 
 _RECONNECT_TIMEOUT_S = 30.0
+# Of a guest that is up: however busy it is, more attempts would only add to that.
+_RECONNECT_BANNER_TIMEOUT_S = 2.0
 _KEPT_IDLE = 8
 
 
@@ -44,7 +46,7 @@ class Connections:
     def open(self, deadline: Deadline) -> float:
         """Close all, wait for the SSH server, log in; returns when the banner came (monotonic)."""
         self.close()
-        transport, banner_at = self._connect(deadline)
+        transport, banner_at = self._connect(deadline, ssh.BANNER_TIMEOUT_S)
         self._give_back(transport)
         return banner_at
 
@@ -63,7 +65,9 @@ class Connections:
         self._check_usable()
         transport = self._take_idle()
         if transport is None:
-            transport, _ = self._connect(Deadline(min(timeout_s, _RECONNECT_TIMEOUT_S)))
+            transport, _ = self._connect(
+                Deadline(min(timeout_s, _RECONNECT_TIMEOUT_S)), _RECONNECT_BANNER_TIMEOUT_S
+            )
         try:
             yield transport
         except BaseException:
@@ -82,9 +86,17 @@ class Connections:
                 return transport
             self._drop(transport)
 
-    def _connect(self, deadline: Deadline) -> tuple[paramiko.Transport, float]:
+    def _connect(
+        self, deadline: Deadline, banner_timeout_s: float
+    ) -> tuple[paramiko.Transport, float]:
         with self._logging_in:
-            connected = ssh.connect(self._address, self._login, deadline, self._check_usable)
+            connected = ssh.connect(
+                self._address,
+                self._login,
+                deadline,
+                self._check_usable,
+                banner_timeout_s=banner_timeout_s,
+            )
         with self._guard:
             self._open.add(connected.transport)
         return connected.transport, connected.banner_at

@@ -31,7 +31,10 @@ logging.getLogger(_TRANSPORT_LOG).addHandler(logging.NullHandler())
 
 # An emulated network accepts a connection before anybody listens in the guest,
 # and tries again only after seconds; so give each attempt up early, and try often.
-_BANNER_TIMEOUT_S = 0.1
+# But a guest that has been slow so far is slow to answer, too: each attempt may
+# last for this part of the whole wait, lest attempts pile up in the guest.
+BANNER_TIMEOUT_S = 0.1
+_BANNER_TIMEOUT_PART = 1 / 20
 _PAUSE_S = 0.005
 
 _KEY_CLASSES: tuple[type[paramiko.PKey], ...] = (
@@ -107,15 +110,19 @@ def connect(
     login: Login,
     deadline: Deadline,
     check_alive: Callable[[], None],
+    *,
+    banner_timeout_s: float = BANNER_TIMEOUT_S,
 ) -> Connected:
     """Wait until the guest's SSH server answers, and log in.
 
+    ``banner_timeout_s`` is how long each of the first attempts waits for it.
     ``check_alive`` is called before each attempt and raises when waiting on is
     pointless. Raises ``OperationTimeoutError`` past the deadline, and
     ``CommandExecutionUnavailableError`` when the guest answers but is not the
     expected one, or refuses every key.
     """
     last = "no attempt was made"
+    began = time.monotonic()
     while not deadline.passed():
         check_alive()
         try:
@@ -125,7 +132,8 @@ def connect(
             time.sleep(_PAUSE_S)
             continue
         try:
-            if _banner_comes(sock, min(_BANNER_TIMEOUT_S, deadline.remaining_s())):
+            patience_s = max(banner_timeout_s, (time.monotonic() - began) * _BANNER_TIMEOUT_PART)
+            if _banner_comes(sock, min(patience_s, deadline.remaining_s())):
                 banner_at = time.monotonic()
                 transport = _log_in(sock, login, deadline)
                 return Connected(transport, banner_at)
