@@ -58,6 +58,13 @@ class VMRecord(BaseModel):
     base_fingerprint: str | None = None
     """SHA-256 of the image under a kept disk."""
 
+    def set_machine(self, pid: int, ssh_address: tuple[str, int]) -> None:
+        """Note the process that runs the machine, and where its SSH server is met."""
+        self.ssh_host, self.ssh_port = ssh_address
+        if identity := ProcessIdentity.of(pid):
+            self.machine_pid = identity.pid
+            self.machine_start_ticks = identity.start_ticks
+
 
 def default_state_dir() -> Path:
     """``SMOLVM_STATE_DIR``, or ``pytest-smolvm`` in the platform's user state directory."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import enum
 import logging
-import os
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -14,11 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pytest_smolvm import access, diagnosis
+from pytest_smolvm import access, booting, diagnosis, power, registry
 from pytest_smolvm.backends import choose
-from pytest_smolvm.backends.base import Backend, Machine, MachineSpec
+from pytest_smolvm.backends.base import Backend, Machine
 from pytest_smolvm.config import SSH_BOOT_ARGS, VMConfig
-from pytest_smolvm.disks import Disk, fingerprint
+from pytest_smolvm.disks import fingerprint
 from pytest_smolvm.errors import (
     OperationTimeoutError,
     SmolVMError,
@@ -28,21 +25,18 @@ from pytest_smolvm.guest import Guest
 from pytest_smolvm.images.builder import ImageBuilder
 from pytest_smolvm.inside import Inside, check_port
 from pytest_smolvm.keys import library_key_pair
-from pytest_smolvm.process import Deadline, ProcessIdentity
+from pytest_smolvm.process import Deadline
 from pytest_smolvm.store import (
     Store,
     VMDirectory,
-    VMRecord,
     new_record,
     read_record,
     shared_store,
 )
-from pytest_smolvm.vmdisk import keeps_its_disk, prepare_disk
+from pytest_smolvm.vmdisk import keeps_its_disk
 
 logger = logging.getLogger(__name__)
 
-BOOT_TIMEOUT_S = 60.0
-BOOT_TIMEOUT_EMULATED_S = 180.0
 STOP_TIMEOUT_S = 20.0
 
 
@@ -81,10 +75,17 @@ class SmolVM(Inside):
         ssh_key_path: Path | str | None = None,
     ) -> None:
         overrides = {"vm_id": vm_id, "backend": backend, "mem_size_mib": mem_size_mib}
-        self._config = _settle_config(config, overrides)
-        self._store = shared_store()
+        key_path = Path(ssh_key_path).expanduser() if ssh_key_path else None
+        self._prepare(_settle_config(config, overrides), shared_store(), ssh_user, key_path)
+        self._claim()
+
+    def _prepare(
+        self, config: VMConfig, store: Store, ssh_user: str, ssh_key_path: Path | None
+    ) -> None:
+        self._config = config
+        self._store = store
         self._ssh_user = ssh_user
-        self._ssh_key_path = Path(ssh_key_path).expanduser() if ssh_key_path else None
+        self._ssh_key_path = ssh_key_path
         self._state = VMState.CREATED
         self._backend: Backend | None = None
         self._machine: Machine | None = None
@@ -96,8 +97,6 @@ class SmolVM(Inside):
         self._timings: dict[str, float] = {}
         self._guard = threading.RLock()
         self._directory: VMDirectory | None = None
-        self._foreign: VMRecord | None = None
-        self._claim()
 
     @classmethod
     def from_id(cls, vm_id: str) -> SmolVM:
@@ -107,8 +106,7 @@ class SmolVM(Inside):
         stays its owner's business. A kept disk comes back as a VM in the state
         ``created`` that continues from it. ``VMNotFoundError`` if there is none.
         """
-        with _registry_guard:
-            own = _registry.get((os.getpid(), vm_id))
+        own = registry.find(vm_id)
         if own is not None:
             return own
         store = shared_store()
@@ -121,32 +119,14 @@ class SmolVM(Inside):
                 {"vm_id": vm_id, "known": known},
             )
         if store.is_owned(vm_id):
-            return cls._join(store, record)
+            from pytest_smolvm.joined import JoinedVM
+
+            return JoinedVM(store, record)
         return cls(
             VMConfig.model_validate(record.config),
             ssh_user=record.ssh_user,
             ssh_key_path=record.ssh_key_path,
         )
-
-    @classmethod
-    def _join(cls, store: Store, record: VMRecord) -> SmolVM:
-        vm = cls.__new__(cls)
-        vm._config = VMConfig.model_validate(record.config)
-        vm._store = store
-        vm._ssh_user = record.ssh_user
-        vm._ssh_key_path = Path(record.ssh_key_path) if record.ssh_key_path else None
-        vm._state = VMState(record.status)
-        vm._backend = vm._machine = vm._guest = vm._directory = None
-        vm._last_console, vm._host_key, vm._during = "", "", ""
-        vm._deleted = False
-        vm._timings = {}
-        vm._guard = threading.RLock()
-        vm._foreign = record
-        if record.ssh_host and record.ssh_port and vm._config.offers_ssh:
-            login = access.prepare_login(vm._config, vm._ssh_user, vm._ssh_key_path, store)
-            vm._host_key = login.host_key
-            vm._guest = Guest((record.ssh_host, record.ssh_port), login, vm._check_usable)
-        return vm
 
     # -- life ---------------------------------------------------------------
 
@@ -198,23 +178,19 @@ class SmolVM(Inside):
         elif self._config.env_vars:
             access.check_offers_ssh(self._config)
         self._backend = choose(self._store, self._config.backend)
-        if boot_timeout is None:
-            emulated = self._backend.accelerator == "tcg"
-            boot_timeout = BOOT_TIMEOUT_EMULATED_S if emulated else BOOT_TIMEOUT_S
-        deadline = Deadline(boot_timeout)
-        began = time.monotonic()
-        disk = prepare_disk(self._config, self._directory, self._store)
-        disk_done = time.monotonic()
-        self._machine = self._backend.launch(self._spec(self._directory, disk), deadline)
-        launched = time.monotonic()
+        deadline = Deadline(booting.boot_timeout_s(boot_timeout, self._backend))
+        launched = booting.launch(
+            self._config, self._backend, self._directory, self._store, deadline
+        )
+        self._machine = launched.machine
+        self._timings = launched.timings
         self._state = VMState.RUNNING
-        self._timings = {"disk": disk_done - began, "launch": launched - disk_done}
         self._write_record()
         if login is not None:
             self._guest = Guest(self._machine.ssh_address, login, self._check_usable)
             banner_at = self._connect(deadline, "while booting")
             connected = time.monotonic()
-            self._timings["boot"] = banner_at - launched
+            self._timings["boot"] = banner_at - launched.at
             self._timings["ssh"] = connected - banner_at
             self._machine.booted()
             if self._config.env_vars:
@@ -236,25 +212,6 @@ class SmolVM(Inside):
         finally:
             self._during = "on its own"
 
-    def _spec(self, directory: VMDirectory, disk: Disk) -> MachineSpec:
-        assert self._backend is not None  # noqa: S101 - chosen before
-        config = self._config
-        directory.console.unlink(missing_ok=True)
-        return MachineSpec(
-            vm_id=self.vm_id,
-            directory=directory.path,
-            kernel=config.kernel_path.absolute(),
-            initrd=initrd.absolute() if (initrd := config.effective_initrd_path()) else None,
-            boot_args=config.boot_args,
-            vcpu_count=config.vcpu_count,
-            mem_size_mib=config.mem_size_mib,
-            disk=disk,
-            network=config.network,
-            accelerator=self._backend.accelerator,
-            console=directory.console,
-            machine_log=directory.machine_log,
-        )
-
     def stop(self, timeout: float = STOP_TIMEOUT_S) -> Self:
         """Switch the guest off: asked first, then, after ``timeout`` seconds, by force.
 
@@ -267,32 +224,15 @@ class SmolVM(Inside):
                 return self
             try:
                 if machine.poll() is None:
-                    self._ask_to_power_off(machine, Deadline(timeout))
+                    if self._state is VMState.PAUSED:
+                        machine.resume()
+                        self._state = VMState.RUNNING
+                    power.power_off(self.vm_id, machine, self._guest, Deadline(timeout))
             finally:
                 self._end_machine()
                 self._state = VMState.STOPPED
             self._write_record()
             return self
-
-    def _ask_to_power_off(self, machine: Machine, deadline: Deadline) -> None:
-        if self._state is VMState.PAUSED:
-            machine.resume()
-            self._state = VMState.RUNNING
-        try:
-            if self._guest is not None:
-                self._guest.run("poweroff", max(0.1, deadline.remaining_s()), shell="raw")
-            else:
-                machine.press_power_button()
-        except SmolVMError as error:
-            # The connection may well go down with the guest; or the guest is
-            # past obeying, and then the force below is what is left.
-            logger.debug("%s: asked to power off: %s", self.vm_id, error)
-        if machine.wait(deadline.remaining_s()) is None:
-            logger.warning(
-                "%s did not switch itself off within %g s: it was ended by force",
-                self.vm_id,
-                deadline.timeout_s,
-            )
 
     def delete(self) -> None:
         """End the VM and remove all that it has on this host, but for a disk to be kept.
@@ -357,29 +297,15 @@ class SmolVM(Inside):
             machine = self._live_machine("reboot it")
             access.check_offers_ssh(self._config)
             assert self._guest is not None  # noqa: S101 - it offers SSH and runs
-            emulated = self._backend is not None and self._backend.accelerator == "tcg"
-            default = BOOT_TIMEOUT_EMULATED_S if emulated else BOOT_TIMEOUT_S
-            deadline = Deadline(timeout if timeout is not None else default)
-            before = machine.resets
-            if force:
-                machine.reset()
-            else:
-                try:
-                    self._guest.run("reboot", max(0.1, deadline.remaining_s()), shell="raw")
-                except SmolVMError as error:
-                    logger.debug("%s: asked to reboot: %s", self.vm_id, error)
-            if not machine.wait_for_reset(before, deadline):
-                self._check_usable(0)
-                raise OperationTimeoutError(
-                    f"rebooting the VM {self.vm_id!r}",
-                    deadline.timeout_s,
-                    "the guest did not reset the machine; reboot(force=True) does not ask it",
-                )
+            assert self._backend is not None  # noqa: S101 - it was launched
+            deadline = Deadline(booting.boot_timeout_s(timeout, self._backend))
+            power.reset(self.vm_id, machine, self._guest, deadline, force=force)
+            self._check_usable(0)
             self._guest.disconnect()
             self._connect(deadline, "while rebooting")
             return self
 
-    def wait_for_ssh(self, timeout: float = BOOT_TIMEOUT_S) -> Self:
+    def wait_for_ssh(self, timeout: float = booting.BOOT_TIMEOUT_S) -> Self:
         """Wait until the guest lets us in, for at most ``timeout`` seconds."""
         self._live_guest().connect(Deadline(timeout))
         return self
@@ -406,15 +332,11 @@ class SmolVM(Inside):
         """Lines to paste into a terminal: ``ssh``, ``copy_to_guest``, ``copy_from_guest``."""
         access.check_offers_ssh(self._config)
         self._check_usable(0)
-        if self._foreign is not None and self._foreign.ssh_host and self._foreign.ssh_port:
-            address = self._foreign.ssh_host, self._foreign.ssh_port
-        else:
-            address = self._live_machine("log into it").ssh_address
         key = self._ssh_key_path or library_key_pair(self._store).private_path
         return access.paste_lines(
             vm_id=self.vm_id,
             directory=self._store.vms / self.vm_id,
-            address=address,
+            address=self._ssh_address(),
             user=self._ssh_user,
             host_key=self._host_key,
             key_path=key,
@@ -433,9 +355,6 @@ class SmolVM(Inside):
     @property
     def status(self) -> VMState:
         """Where the VM is in its life; a machine that ended by itself is seen here."""
-        if self._foreign is not None:
-            record = read_record(self._store.vms / self.vm_id)
-            return VMState(record.status) if record else VMState.STOPPED
         if self._machine is not None and self._state in (VMState.RUNNING, VMState.PAUSED):
             end = self._machine.poll()
             if end is not None:
@@ -465,13 +384,11 @@ class SmolVM(Inside):
     def _claim(self) -> None:
         if self._directory is None:
             self._directory = self._store.claim(self.vm_id)
-            with _registry_guard:
-                _registry[os.getpid(), self.vm_id] = self
+            registry.add(self)
 
     def _forget(self) -> None:
         self._directory = None
-        with _registry_guard:
-            _registry.pop((os.getpid(), self.vm_id), None)
+        registry.discard(self.vm_id)
 
     def _write_record(self, keep_disk: bool | None = None) -> None:
         directory = self._directory
@@ -490,19 +407,11 @@ class SmolVM(Inside):
         if keep_disk:
             record.base_fingerprint = fingerprint(config.rootfs_path, self._store.cache)
         if self._machine is not None:
-            record.ssh_host, record.ssh_port = self._machine.ssh_address
-            identity = ProcessIdentity.of(self._machine.pid)
-            if identity is not None:
-                record.machine_pid = identity.pid
-                record.machine_start_ticks = identity.start_ticks
+            record.set_machine(self._machine.pid, self._machine.ssh_address)
         directory.write_record(record)
 
     def _check_usable(self, grace_s: float) -> None:
         """Raise unless the machine runs; a dying one gets ``grace_s`` to be seen dead."""
-        if self._foreign is not None:
-            if not self._store.is_owned(self.vm_id):
-                raise VMNotFoundError(f"the VM {self.vm_id!r} is gone: its owner ended it")
-            return
         self._check_not_deleted()
         if self._machine is None:
             raise SmolVMError(f"the VM {self.vm_id!r} is {self.status}: start() it first")
@@ -517,12 +426,10 @@ class SmolVM(Inside):
             raise SmolVMError(f"the VM {self.vm_id!r} was deleted: make a new SmolVM")
 
     def _require_owner(self, what: str) -> None:
-        if self._foreign is not None:
-            raise SmolVMError(
-                f"the VM {self.vm_id!r} belongs to process {self._foreign.owner_pid}: only that "
-                f"process may {what}",
-                {"owner_pid": self._foreign.owner_pid},
-            )
+        """Raise if another process owns the VM: see ``JoinedVM``."""
+
+    def _ssh_address(self) -> tuple[str, int]:
+        return self._live_machine("log into it").ssh_address
 
     def _live_machine(self, what: str) -> Machine:
         self._require_owner(what)
@@ -578,18 +485,3 @@ def _settle_config(config: VMConfig | None, overrides: Mapping[str, Any]) -> VMC
         return VMConfig(kernel_path=kernel, rootfs_path=rootfs, boot_args=SSH_BOOT_ARGS, **given)
     # Validated again: model_copy(update=...) checks nothing, and files may have gone.
     return VMConfig.model_validate({**config.model_dump(), **given})
-
-
-def _delete_all() -> None:
-    """What a program forgot to delete goes with it (the machines would in any case)."""
-    for (pid, vm_id), vm in list(_registry.items()):
-        if pid == os.getpid():
-            try:
-                vm.delete()
-            except Exception as error:  # noqa: BLE001 - the others must go all the same
-                print(f"pytest-smolvm: {vm_id}: {error}", file=sys.stderr)  # noqa: T201
-
-
-_registry: dict[tuple[int, str], SmolVM] = {}
-_registry_guard = threading.Lock()
-atexit.register(_delete_all)

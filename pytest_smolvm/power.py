@@ -1,0 +1,52 @@
+"""Switching a guest off, and off and on again: asked first where that can be."""
+
+from __future__ import annotations
+
+import logging
+
+from pytest_smolvm.backends.base import Machine
+from pytest_smolvm.errors import OperationTimeoutError, SmolVMError
+from pytest_smolvm.guest import Guest
+from pytest_smolvm.process import Deadline
+
+logger = logging.getLogger(__name__)
+
+
+def power_off(vm_id: str, machine: Machine, guest: Guest | None, deadline: Deadline) -> None:
+    """Ask the guest to switch itself off; what has not ended by the deadline runs on."""
+    try:
+        if guest is not None:
+            guest.run("poweroff", max(0.1, deadline.remaining_s()), shell="raw")
+        else:
+            machine.press_power_button()
+    except SmolVMError as error:
+        # The connection may well go down with the guest; or the guest is past
+        # obeying, and then force is what is left.
+        logger.debug("%s: asked to power off: %s", vm_id, error)
+    if machine.wait(deadline.remaining_s()) is None:
+        logger.warning(
+            "%s did not switch itself off within %g s: it is ended by force",
+            vm_id,
+            deadline.timeout_s,
+        )
+
+
+def reset(vm_id: str, machine: Machine, guest: Guest, deadline: Deadline, *, force: bool) -> None:
+    """Have the machine start again from its firmware; returns once it does.
+
+    ``force``: at once, without asking the guest.
+    """
+    before = machine.resets
+    if force:
+        machine.reset()
+    else:
+        try:
+            guest.run("reboot", max(0.1, deadline.remaining_s()), shell="raw")
+        except SmolVMError as error:
+            logger.debug("%s: asked to reboot: %s", vm_id, error)
+    if not machine.wait_for_reset(before, deadline) and machine.poll() is None:
+        raise OperationTimeoutError(
+            f"rebooting the VM {vm_id!r}",
+            deadline.timeout_s,
+            "the guest did not reset the machine; reboot(force=True) does not ask it",
+        )
