@@ -24,7 +24,8 @@ if TYPE_CHECKING:
         VMNotFoundError,
     )
     from pytest_smolvm.images.builder import ImageBuilder
-    from pytest_smolvm.vm import SmolVM, VMState
+    from pytest_smolvm.store import VMState
+    from pytest_smolvm.vm import SmolVM
 
 _HOME = {
     "CommandResult": "command",
@@ -41,7 +42,7 @@ _HOME = {
     "VMNotFoundError": "errors",
     "ImageBuilder": "images.builder",
     "SmolVM": "vm",
-    "VMState": "vm",
+    "VMState": "store",
 }
 
 __all__ = [

@@ -44,8 +44,14 @@ class Connections:
         self._logging_in = threading.Lock()
 
     def open(self, deadline: Deadline) -> float:
-        """Close all, wait for the SSH server, log in; returns when the banner came (monotonic)."""
-        self.close()
+        """Wait for the SSH server and log in; returns when the banner came (monotonic).
+
+        Idle connections are closed: they may lead to a server that is no more.
+        """
+        with self._guard:
+            stale, self._idle = self._idle, []
+        for transport in stale:
+            self._drop(transport)
         transport, banner_at = self._connect(deadline, ssh.BANNER_TIMEOUT_S)
         self._give_back(transport)
         return banner_at

@@ -10,6 +10,7 @@ from typing import Self
 from pytest_smolvm.command import CommandResult, Shell
 from pytest_smolvm.errors import SmolVMError
 from pytest_smolvm.guest import DEFAULT_COMMAND_TIMEOUT_S, Guest
+from pytest_smolvm.process import Deadline
 
 _TRANSFER_TIMEOUT_S = 600.0
 
@@ -26,6 +27,11 @@ class Inside(ABC):
     @abstractmethod
     def _live_guest(self) -> Guest:
         """The guest, or an error that says why it cannot be talked to."""
+
+    def wait_for_ssh(self, timeout: float = 60.0) -> Self:
+        """Wait until the guest lets us in anew, for at most ``timeout`` seconds."""
+        self._live_guest().connect(Deadline(timeout))
+        return self
 
     def run(
         self,

@@ -18,6 +18,7 @@ nobody can hold a lock on a file that is no longer there.
 from __future__ import annotations
 
 import contextlib
+import enum
 import json
 import os
 import shutil
@@ -36,6 +37,16 @@ from pytest_smolvm.process import ProcessIdentity
 STORE_LOCK_TIMEOUT_S = 60
 
 
+class VMState(enum.StrEnum):
+    """Where a VM is in its life."""
+
+    CREATED = "created"
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+    ERROR = "error"
+
+
 class VMRecord(BaseModel):
     """What other processes may know of a VM; written by its owner only."""
 
@@ -46,7 +57,7 @@ class VMRecord(BaseModel):
     owner_pid: int
     created_at: float
     """Seconds since the epoch."""
-    status: str = "created"
+    status: VMState = VMState.CREATED
     machine_pid: int | None = None
     machine_start_ticks: int | None = None
     ssh_host: str | None = None

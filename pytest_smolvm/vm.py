@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import logging
 import threading
 import time
@@ -29,6 +28,8 @@ from pytest_smolvm.process import Deadline
 from pytest_smolvm.store import (
     Store,
     VMDirectory,
+    VMRecord,
+    VMState,
     new_record,
     read_record,
     shared_store,
@@ -40,16 +41,6 @@ logger = logging.getLogger(__name__)
 STOP_TIMEOUT_S = 20.0
 
 
-class VMState(enum.StrEnum):
-    """Where a VM is in its life."""
-
-    CREATED = "created"
-    RUNNING = "running"
-    PAUSED = "paused"
-    STOPPED = "stopped"
-    ERROR = "error"
-
-
 class SmolVM(Inside):
     """One virtual machine with a disk of its own.
 
@@ -58,7 +49,7 @@ class SmolVM(Inside):
     ``ssh_key_path``: the private key to log in with; None: the library's own, or
     whichever of yours the image accepts.
 
-    In a ``with`` statement the VM starts on entry and is deleted on exit. A VM
+    In a ``with`` statement the VM starts on entry (if it has not) and is deleted on exit. A VM
     ends with the process that made it, however that ends.
 
     Raises ``VMAlreadyExistsError`` when a live VM has the id already.
@@ -119,8 +110,6 @@ class SmolVM(Inside):
                 {"vm_id": vm_id, "known": known},
             )
         if store.is_owned(vm_id):
-            from pytest_smolvm.joined import JoinedVM
-
             return JoinedVM(store, record)
         return cls(
             VMConfig.model_validate(record.config),
@@ -131,11 +120,7 @@ class SmolVM(Inside):
     # -- life ---------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        try:
-            return self.start()
-        except BaseException:
-            self._delete_after_failure()
-            raise
+        return self if self.status in (VMState.RUNNING, VMState.PAUSED) else self.start()
 
     def __exit__(
         self,
@@ -305,11 +290,6 @@ class SmolVM(Inside):
             self._connect(deadline, "while rebooting")
             return self
 
-    def wait_for_ssh(self, timeout: float = booting.BOOT_TIMEOUT_S) -> Self:
-        """Wait until the guest lets us in, for at most ``timeout`` seconds."""
-        self._live_guest().connect(Deadline(timeout))
-        return self
-
     # -- outside --------------------------------------------------------------
 
     def expose_local(self, guest_port: int, host_port: int | None = None) -> int:
@@ -400,7 +380,7 @@ class SmolVM(Inside):
             # A disk that was kept before stays safe from the sweep until delete().
             keep_disk = keeps_its_disk(config) or bool(earlier and earlier.keep_disk)
         record = new_record(self.vm_id, config.model_dump(mode="json"))
-        record.status = str(self.status)
+        record.status = self.status
         record.ssh_user = self._ssh_user
         record.ssh_key_path = str(self._ssh_key_path) if self._ssh_key_path else None
         record.keep_disk = keep_disk
@@ -473,9 +453,40 @@ class SmolVM(Inside):
             directory.destroy()
         self._forget()
 
-    def _delete_after_failure(self) -> None:
-        if not self._deleted and self._directory is not None:
-            self.delete()
+
+class JoinedVM(SmolVM):
+    """What ``SmolVM.from_id`` returns for another process's VM."""
+
+    def __init__(self, store: Store, record: VMRecord) -> None:
+        key_path = Path(record.ssh_key_path) if record.ssh_key_path else None
+        self._prepare(VMConfig.model_validate(record.config), store, record.ssh_user, key_path)
+        self._record = record
+        if record.ssh_host and record.ssh_port and self._config.offers_ssh:
+            login = access.prepare_login(self._config, self._ssh_user, self._ssh_key_path, store)
+            self._host_key = login.host_key
+            self._guest = Guest((record.ssh_host, record.ssh_port), login, self._check_usable)
+
+    @property
+    def status(self) -> VMState:
+        record = read_record(self._store.vms / self.vm_id)
+        return record.status if record else VMState.STOPPED
+
+    def _ssh_address(self) -> tuple[str, int]:
+        if not (self._record.ssh_host and self._record.ssh_port):
+            raise SmolVMError(f"the VM {self.vm_id!r} has not booted yet")
+        return self._record.ssh_host, self._record.ssh_port
+
+    def _check_usable(self, grace_s: float) -> None:
+        del grace_s  # it is the owner who sees the machine die
+        if not self._store.is_owned(self.vm_id):
+            raise VMNotFoundError(f"the VM {self.vm_id!r} is gone: its owner ended it")
+
+    def _require_owner(self, what: str) -> None:
+        raise SmolVMError(
+            f"the VM {self.vm_id!r} belongs to process {self._record.owner_pid}: only that "
+            f"process may {what}",
+            {"owner_pid": self._record.owner_pid},
+        )
 
 
 def _settle_config(config: VMConfig | None, overrides: Mapping[str, Any]) -> VMConfig:

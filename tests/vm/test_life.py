@@ -335,7 +335,7 @@ def test_a_vm_without_ssh_boots_and_says_why_it_takes_no_commands(
     micro_config: VMConfig,
 ) -> None:
     config = changed(micro_config, boot_args="console=ttyS0 reboot=k panic=1 pci=off")
-    with SmolVM(config) as vm:
+    with SmolVM(config).start() as vm:
         assert vm.status is VMState.RUNNING
         for action in (lambda: vm.run("true"), vm.wait_for_ssh, vm.ssh_commands):
             with pytest.raises(CommandExecutionUnavailableError) as caught:
