@@ -59,12 +59,17 @@ class CommandResult:
 
     def describe(self) -> str:
         """The whole result in words."""
-        text = (
+        return (
             f"{self.command!r} ended with exit status {self.exit_code} in {self.duration_s:.2f} s"
+            + _sections(self.stdout, self.stderr)
         )
-        for name, output in (("stdout", self.stdout), ("stderr", self.stderr)):
-            text += f"\n--- {name} ---\n{shorten(output)}" if output else f"\n({name} is empty)"
-        return text
+
+
+def _sections(stdout: str, stderr: str) -> str:
+    text = ""
+    for name, output in (("stdout", stdout), ("stderr", stderr)):
+        text += f"\n--- {name} ---\n{shorten(output)}" if output else f"\n({name} is empty)"
+    return text
 
 
 def shorten(text: str, limit: int = _SHOWN_OUTPUT_CHARS) -> str:
@@ -130,6 +135,7 @@ def run(
 ) -> CommandResult:
     """Run one command to its end, or kill it in the guest when its time is up."""
     line = shell_line(command)
+    deadline = Deadline(timeout_s)
     token = secrets.token_hex(8)
     wrapped = wrap(line, token=token, shell=shell, cwd=cwd, env=env)
     stdout, stderr = bytearray(), bytearray()
@@ -139,21 +145,25 @@ def run(
         exit_code = execute(
             transport,
             wrapped,
-            deadline=Deadline(timeout_s),
+            deadline=deadline,
             stdin=stdin,
             on_stdout=stdout.extend,
             on_stderr=stderr.extend,
         )
     except OperationTimeoutError:
         killed = kill_marked(transport, token)
+        printed = stdout.decode(errors="replace"), stderr.decode(errors="replace")
         raise OperationTimeoutError(
             f"the command {line!r}",
             timeout_s,
-            "it was killed in the guest"
-            if killed
-            else "it could not be killed in the guest, which does not answer",
-            stdout=stdout.decode(errors="replace"),
-            stderr=stderr.decode(errors="replace"),
+            (
+                "it was killed in the guest"
+                if killed
+                else "it could not be killed in the guest, which does not answer"
+            )
+            + _sections(*printed),
+            stdout=printed[0],
+            stderr=printed[1],
             details={"command": line},
         ) from None
     return CommandResult(

@@ -68,12 +68,12 @@ class Connections:
     @contextlib.contextmanager
     def lend(self, timeout_s: float) -> Iterator[paramiko.Transport]:
         """A connection for one command; it is closed if that ends in an error."""
+        deadline = Deadline(timeout_s)
         self._check_usable()
         transport = self._take_idle()
         if transport is None:
-            transport, _ = self._connect(
-                Deadline(min(timeout_s, _RECONNECT_TIMEOUT_S)), _RECONNECT_BANNER_TIMEOUT_S
-            )
+            deadline = Deadline(min(deadline.timeout_s, _RECONNECT_TIMEOUT_S))
+            transport, _ = self._connect(deadline, _RECONNECT_BANNER_TIMEOUT_S)
         try:
             yield transport
         except BaseException:

@@ -189,9 +189,14 @@ def _die_with_parent() -> list[str]:
 
 
 class Deadline:
-    """A moment that a wait must not pass."""
+    """A moment that a wait must not pass: ``timeout_s`` seconds, 0 or more, from now.
 
-    def __init__(self, timeout_s: float) -> None:
+    ``name`` is what the caller calls that number; ``SmolVMError`` if it is none.
+    """
+
+    def __init__(self, timeout_s: float, name: str = "timeout") -> None:
+        if not isinstance(timeout_s, (int, float)) or not timeout_s >= 0:
+            raise SmolVMError(f"{name}={timeout_s!r} is not valid: give seconds, 0 or more")
         self.timeout_s = timeout_s
         self._end = time.monotonic() + timeout_s
 

@@ -163,7 +163,7 @@ class SmolVM(Inside):
         elif self._config.env_vars:
             access.check_offers_ssh(self._config)
         self._backend = choose(self._store, self._config.backend)
-        deadline = Deadline(booting.boot_timeout_s(boot_timeout, self._backend))
+        deadline = Deadline(booting.boot_timeout_s(boot_timeout, self._backend), "boot_timeout")
         launched = booting.launch(
             self._config, self._backend, self._directory, self._store, deadline
         )
@@ -204,6 +204,7 @@ class SmolVM(Inside):
         """
         with self._guard:
             self._require_owner("stop it")
+            deadline = Deadline(timeout)
             machine = self._machine
             if machine is None:
                 return self
@@ -212,7 +213,7 @@ class SmolVM(Inside):
                     if self._state is VMState.PAUSED:
                         machine.resume()
                         self._state = VMState.RUNNING
-                    power.power_off(self.vm_id, machine, self._guest, Deadline(timeout))
+                    power.power_off(self.vm_id, machine, self._guest, deadline)
             finally:
                 self._end_machine()
                 self._state = VMState.STOPPED

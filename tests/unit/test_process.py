@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from pytest_smolvm import SmolVMError
 from pytest_smolvm.hostloop import await_result
 from pytest_smolvm.process import (
+    Deadline,
     MachineProcess,
     ProcessIdentity,
     ToolError,
@@ -107,3 +109,9 @@ def test_a_coroutine_past_its_time_is_an_error_that_names_it() -> None:
 
     with pytest.raises(OperationTimeoutError, match="a long wait"):
         await_result(asyncio.sleep(60), operation="a long wait", timeout_s=0.05)
+
+
+@pytest.mark.parametrize("value", ["5", -1, float("nan"), None])
+def test_a_deadline_takes_nothing_but_seconds(value: object) -> None:
+    with pytest.raises(SmolVMError, match=rf"boot_timeout={value!r} is not valid: give seconds"):
+        Deadline(value, "boot_timeout")  # type: ignore[arg-type]

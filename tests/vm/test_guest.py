@@ -88,7 +88,7 @@ def test_a_command_past_its_timeout_is_killed_with_all_its_children(guest: SmolV
     assert error.timeout_s == 1
     assert "sleep 4322" in error.operation
     assert error.stdout == "before\n"
-    assert "killed in the guest" in str(error)
+    assert "killed in the guest\n--- stdout ---\nbefore\n" in str(error)
     assert "sleep 432" not in guest.run("ps | grep -v grep").stdout
     assert guest.run("echo alive").output == "alive"
 
@@ -100,8 +100,8 @@ def test_a_command_that_leaves_a_daemon_behind_is_over_when_it_is_over(guest: Sm
 
 
 def test_a_timeout_must_be_a_time(guest: SmolVM) -> None:
-    with pytest.raises(SmolVMError, match="timeout=0"):
-        guest.run("true", timeout=0)
+    with pytest.raises(SmolVMError, match=r"timeout=-1 is not valid: give seconds"):
+        guest.run("true", timeout=-1)
 
 
 def test_commands_may_run_side_by_side(guest: SmolVM) -> None:
