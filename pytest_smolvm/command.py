@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import select
 import shlex
 import threading
 import time
@@ -16,7 +15,7 @@ import paramiko
 
 from pytest_smolvm.config import check_env_vars
 from pytest_smolvm.errors import CommandFailedError, OperationTimeoutError, SmolVMError
-from pytest_smolvm.process import Deadline
+from pytest_smolvm.process import Deadline, wait_readable
 
 Shell = Literal["login", "raw"]
 
@@ -231,7 +230,7 @@ def execute(
                 continue
             if channel.eof_received or channel.closed:
                 break
-            readable, _, _ = select.select([ready], [], [], min(_QUIET_S, deadline.remaining_s()))
+            readable = wait_readable(ready, min(_QUIET_S, deadline.remaining_s()))
             # A daemon that the command left behind may hold its output open for
             # ever; the command itself is over once its status has come.
             if not readable and channel.exit_status_ready():

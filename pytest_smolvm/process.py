@@ -151,7 +151,7 @@ class MachineProcess:
                 pass  # an old kernel, or a strict sandbox: wait() below polls
             else:
                 try:
-                    select.select([pidfd], [], [], max(0.0, timeout_s))
+                    wait_readable(pidfd, timeout_s)
                 finally:
                     os.close(pidfd)
                 return self._popen.poll()
@@ -186,6 +186,14 @@ def _die_with_parent() -> list[str]:
     # command: no code runs between fork and exec in a threaded Python.
     setpriv = shutil.which("setpriv")
     return [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
+
+
+def wait_readable(descriptor: int, timeout_s: float) -> bool:
+    """Wait until there is something to read, or the end of it; False if the time is up first."""
+    # Not select(), which fails for descriptors from 1024 on.
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(max(0.0, timeout_s) * 1000))
 
 
 class Deadline:

@@ -6,7 +6,6 @@ import base64
 import binascii
 import contextlib
 import logging
-import select
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from pytest_smolvm.errors import (
     OperationTimeoutError,
     SmolVMError,
 )
-from pytest_smolvm.process import Deadline
+from pytest_smolvm.process import Deadline, wait_readable
 
 logger = logging.getLogger(__name__)
 
@@ -162,8 +161,7 @@ def _open(address: tuple[str, int], timeout_s: float) -> socket.socket:
 
 
 def _banner_comes(sock: socket.socket, timeout_s: float) -> bool:
-    readable, _, _ = select.select([sock], [], [], timeout_s)
-    return bool(readable) and bool(sock.recv(1, socket.MSG_PEEK))
+    return wait_readable(sock.fileno(), timeout_s) and bool(sock.recv(1, socket.MSG_PEEK))
 
 
 def _log_in(sock: socket.socket, login: Login, deadline: Deadline) -> paramiko.Transport:

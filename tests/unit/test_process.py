@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from pytest_smolvm.process import (
     ToolError,
     find_tool,
     run_tool,
+    wait_readable,
 )
 
 
@@ -115,3 +118,18 @@ def test_a_coroutine_past_its_time_is_an_error_that_names_it() -> None:
 def test_a_deadline_takes_nothing_but_seconds(value: object) -> None:
     with pytest.raises(SmolVMError, match=rf"boot_timeout={value!r} is not valid: give seconds"):
         Deadline(value, "boot_timeout")  # type: ignore[arg-type]
+
+
+def test_a_wait_works_for_descriptors_beyond_what_select_takes() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    reader, writer = os.pipe()
+    high = fcntl.fcntl(reader, fcntl.F_DUPFD, 1100)
+    try:
+        assert not wait_readable(high, 0.01)
+        os.write(writer, b"x")
+        assert wait_readable(high, 10)
+    finally:
+        for descriptor in (reader, writer, high):
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
