@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator
+from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING
 
+import _pytest
+import pluggy
 import pytest
 
 if TYPE_CHECKING:
     from pytest_smolvm.vm import SmolVM
 
+_PACKAGE = Path(__file__).parents[1]
+_PYTEST = [Path(module.__file__).parent for module in (_pytest, pluggy) if module.__file__]
 _vms_key = pytest.StashKey[list["SmolVM"]]()
 
 
@@ -20,9 +27,15 @@ def remember_vm(item: pytest.Item, vm: SmolVM) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
-    item: pytest.Item,
+    item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    own_error = call.excinfo if _is_own_error(call.excinfo) else None
+    if item.config.getoption("fulltrace"):
+        own_error = None
+    has_line = own_error is None or _end_where_we_were_called(own_error)
     report = yield
+    if own_error is not None and not has_line and report.failed:
+        report.longrepr = own_error.getrepr(style="value")
     vms = item.stash.get(_vms_key, [])
     if report.failed and vms:
         from pytest_smolvm.diagnosis import last_lines
@@ -32,6 +45,29 @@ def pytest_runtest_makereport(
             title = f"console of {vm.vm_id} (last {len(text.splitlines())} lines)"
             report.sections.append((title, text or "(nothing)"))
     return report
+
+
+def _is_own_error(excinfo: pytest.ExceptionInfo[BaseException] | None) -> bool:
+    # Not imported for its sake: an error of ours has imported it.
+    errors = sys.modules.get("pytest_smolvm.errors")
+    return bool(excinfo and errors and excinfo.errisinstance(errors.SmolVMError))
+
+
+def _end_where_we_were_called(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
+    """Cut the traceback off at the line of the user's that called us; False if none did."""
+    caller = excinfo.tb
+    while (called := caller.tb_next) is not None:
+        if _lies_in(called, _PACKAGE):
+            if any(_lies_in(caller, package) for package in _PYTEST):
+                return False
+            caller.tb_next = None
+            return True
+        caller = called
+    return True
+
+
+def _lies_in(frame: TracebackType, folder: Path) -> bool:
+    return folder in Path(frame.tb_frame.f_code.co_filename).parents
 
 
 def show_progress(config: pytest.Config, line: str) -> None:

@@ -246,14 +246,24 @@ def test_real_vms_are_booted_one_per_test_and_shown_when_it_fails(
             assert more.run("echo $WHO").output == "another"
             assert len(ids | {smolvm.vm_id, more.vm_id}) == 3
             smolvm.run("printf 'the last \\\\033[31mwords\\\\n' > /dev/console")
-            assert False, "on purpose"
+            smolvm.run("echo on purpose; exit 3", check=True)
         """
     )
     result = pytester.runpytest_subprocess("--smolvm-backend=qemu")
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(
-        ["*on purpose*", "*console of vm-* (last * lines)*", "the last words", "*console of vm-*"]
+        [
+            ">*smolvm.run(*check=True)",
+            "E *ended with exit status 3*",
+            "E *on purpose",
+            "test_*.py:*CommandFailedError",
+            "*console of vm-* (last * lines)*",
+            "the last words",
+            "*console of vm-*",
+        ],
+        consecutive=False,
     )
+    result.stdout.no_fnmatch_line("*guest.py*")  # where in our code it was raised helps nobody
     assert "\x1b[31m" not in result.stdout.str()
     assert list((state_dir / "vms").iterdir()) == []
     assert qemu_pids() == others
@@ -276,6 +286,7 @@ def test_a_vm_that_does_not_boot_is_an_error_of_its_test_with_the_console(
     result.stdout.fnmatch_lines(
         ["*died while booting: the guest's kernel panicked*", "*cannot be mounted*"]
     )
+    result.stdout.no_fnmatch_line("*fixtures.py*")
     assert list((state_dir / "vms").iterdir()) == []
 
 
