@@ -86,9 +86,12 @@ def default_state_dir() -> Path:
 
 
 def make_private_dir(path: Path) -> Path:
-    """Make the directory and its parents, 0700 if it is new; errors say what to do."""
+    """Make the directory and its parents, each 0700 if it is new; errors say what to do."""
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # mkdir(parents=True) would make the parents with the default mode.
+        for folder in (*reversed(path.parents), path):
+            if not folder.is_dir():
+                folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise SmolVMError(
             f"the directory {path} cannot be made: {error.strerror}; set SMOLVM_STATE_DIR to a "

@@ -35,7 +35,7 @@ def pytest_runtest_makereport(
     has_line = own_error is None or _end_where_we_were_called(own_error)
     report = yield
     if own_error is not None and not has_line and report.failed:
-        report.longrepr = own_error.getrepr(style="value")
+        report.longrepr = own_error.getrepr(style="value", chain=False)
     vms = item.stash.get(_vms_key, [])
     if report.failed and vms:
         from pytest_smolvm.diagnosis import last_lines

@@ -16,6 +16,7 @@ from pytest_smolvm.store import (
     Store,
     default_state_dir,
     locked,
+    make_private_dir,
     new_record,
     read_json,
     shared_store,
@@ -42,6 +43,14 @@ def test_directories_are_private(store: Store) -> None:
     directory = store.claim("vm-1")
     for path in (store.root, store.vms, directory.path):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
+
+
+def test_missing_parents_are_private_too(tmp_path: Path) -> None:
+    assert make_private_dir(tmp_path / "a/b").is_dir()
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o700
+    (tmp_path / "file").touch()
+    with pytest.raises(SmolVMError, match="cannot be made: .*SMOLVM_STATE_DIR"):
+        make_private_dir(tmp_path / "file/b")
 
 
 def test_an_id_has_one_owner_at_a_time(store: Store) -> None:
