@@ -49,7 +49,7 @@ def test_missing_parents_are_private_too(tmp_path: Path) -> None:
     assert make_private_dir(tmp_path / "a/b").is_dir()
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o700
     (tmp_path / "file").touch()
-    with pytest.raises(SmolVMError, match="cannot be made: .*SMOLVM_STATE_DIR"):
+    with pytest.raises(SmolVMError, match=r"cannot be made: .*SMOLVM_STATE_DIR"):
         make_private_dir(tmp_path / "file/b")
 
 
