@@ -139,51 +139,50 @@ class Guest:
     ) -> CommandResult:
         """See ``SmolVM.wait_until``."""
         deadline = Deadline(timeout)
-        result: CommandResult | None = None
-        while True:
+        last: CommandResult | None = None
+        last_try, stdout, stderr = "no try came to an end", "", ""
+        while not deadline.passed():
             try:
-                result = self.run(command, max(0.001, deadline.remaining_s()))
+                last = self.run(command, deadline.remaining_s())
             except OperationTimeoutError as error:
-                raise OperationTimeoutError(
-                    f"waiting until {command!r} succeeds",
-                    timeout,
-                    f"the last try did not end: {error.message}",
-                    stdout=error.stdout,
-                    stderr=error.stderr,
-                ) from None
-            if result.ok:
-                return result
-            if deadline.remaining_s() <= interval:
-                raise OperationTimeoutError(
-                    f"waiting until {command!r} succeeds",
-                    timeout,
-                    f"last try: {result.describe()}",
-                    stdout=result.stdout,
-                    stderr=result.stderr,
-                )
-            time.sleep(interval)
+                if last is None:
+                    last_try += f": {error.message}"
+                    stdout, stderr = error.stdout, error.stderr
+                break
+            if last.ok:
+                return last
+            last_try, stdout, stderr = f"last try: {last.describe()}", last.stdout, last.stderr
+            time.sleep(min(interval, deadline.remaining_s()))
+        raise OperationTimeoutError(
+            f"waiting until {command!r} succeeds", timeout, last_try, stdout=stdout, stderr=stderr
+        )
 
     def wait_for_port(self, guest_port: int, timeout: float) -> None:
         """See ``SmolVM.wait_for_port``."""
         deadline = Deadline(timeout)
-        while True:
+        ports: set[int] = set()
+        last_try = "the guest did not answer"
+        while not deadline.passed():
             # The kernel's own table: nothing is sent to the service that is waited for.
-            tables = self.run(
-                "cat /proc/net/tcp /proc/net/tcp6 2>/dev/null",
-                max(0.001, deadline.remaining_s()),
-                shell="raw",
-            ).stdout
+            try:
+                tables = self.run(
+                    "cat /proc/net/tcp /proc/net/tcp6 2>/dev/null",
+                    deadline.remaining_s(),
+                    shell="raw",
+                ).stdout
+            except OperationTimeoutError:
+                break
             ports = listening_ports(tables)
             if guest_port in ports:
                 return
-            if deadline.remaining_s() <= _POLL_S:
-                raise OperationTimeoutError(
-                    f"waiting for port {guest_port} in the guest",
-                    timeout,
-                    f"at the last try, ports in use were {sorted(ports) or 'none'}",
-                    {"guest_port": guest_port, "listening": sorted(ports)},
-                )
-            time.sleep(_POLL_S)
+            last_try = f"at the last try, ports in use were {sorted(ports) or 'none'}"
+            time.sleep(min(_POLL_S, deadline.remaining_s()))
+        raise OperationTimeoutError(
+            f"waiting for port {guest_port} in the guest",
+            timeout,
+            last_try,
+            {"guest_port": guest_port, "listening": sorted(ports)},
+        )
 
     def _executor(self, operation: str, timeout_s: float) -> transfer.Execute:
         def execute(line: str, stdin: bytes | None, on_stdout: Callable[[bytes], object]) -> None:

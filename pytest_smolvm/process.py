@@ -79,10 +79,13 @@ def run_tool(
     """Run a host tool to its end and return its standard output.
 
     A tool that fails or outlives ``timeout_s`` is a ``ToolError`` with its output.
+    It is killed if this process dies: what it writes to may be cleared away then.
     """
+    if shutil.which(argv[0]) is None:
+        raise ToolError(f"{argv[0]} could not be started: no such program", {"argv": list(argv)})
     try:
         done = subprocess.run(
-            list(argv),
+            [*_die_with_parent(), *argv],
             cwd=cwd,
             env=None if env is None else {**os.environ, **env},
             input=stdin,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -20,12 +21,16 @@ from pytest_smolvm.errors import ImageError, OperationTimeoutError
 from pytest_smolvm.images.debian import Progress
 from pytest_smolvm.images.micro import MicroRecipe
 from pytest_smolvm.keys import check_public_key, library_key_pair
-from pytest_smolvm.process import ToolError
+from pytest_smolvm.process import Deadline, ToolError
 from pytest_smolvm.store import Store, default_state_dir, make_private_dir
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_IMAGE = "micro"
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 _BUILD_TIMEOUT_S = 1800
+_LEFTOVER_TIMEOUT_S = 10
+_LEFTOVER_PAUSE_S = 0.05
 _SMALLEST_ROOTFS_MB = 32
 _LARGEST_ROOTFS_MB = 1 << 20
 
@@ -114,8 +119,8 @@ class ImageBuilder:
             if target.is_dir():
                 return
             prefix = f".{target.name}."
-            for leftover in self.cache_dir.glob(f"{prefix}*"):  # of a build that was killed
-                shutil.rmtree(leftover)
+            for leftover in self.cache_dir.glob(f"{prefix}*"):
+                _remove_leftover(leftover)
             with tempfile.TemporaryDirectory(dir=self.cache_dir, prefix=prefix) as scratch:
                 whole, work = Path(scratch, "image"), Path(scratch, "work")
                 whole.mkdir()
@@ -146,6 +151,23 @@ def _build_lock(path: Path, progress: Progress) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _remove_leftover(folder: Path) -> None:
+    """Remove what a build that was killed had made; its tools may still be writing there."""
+    deadline = Deadline(_LEFTOVER_TIMEOUT_S)
+    while True:
+        try:
+            shutil.rmtree(folder)
+            return
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if deadline.passed():
+                # In nobody's way: the next build tries again.
+                logger.warning("%s is left of a build that was killed: %s", folder, error)
+                return
+        time.sleep(_LEFTOVER_PAUSE_S)
 
 
 def _sync(path: Path) -> None:

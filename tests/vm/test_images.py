@@ -113,7 +113,7 @@ def test_a_build_killed_half_way_leaves_nothing_that_passes_for_whole(cache: Pat
     assert not any(name.startswith("micro-") for name in images(cache))
     again = start_build(cache)
     output = again.communicate(timeout=300)[0]
-    assert "BUILT" in output
+    assert again.returncode == 0, output
     assert len(images(cache)) == 1, "what the killed build left is gone"
     for name in ("vmlinux", "vmlinux.initrd", "rootfs.ext4", "rootfs.ext4.smolvm.json"):
         assert (cache / images(cache)[0] / name).stat().st_size > 0
