@@ -22,7 +22,7 @@ class Connections:
 
     SSH could carry many commands over one connection, but servers are not up to
     it: OpenSSH refuses more than MaxSessions at a time (sshd_config(5)), and
-    dropbear before 2024 closes a session that has not begun when the command of
+    dropbear 2022.83 (Debian 12) closes a session that has not begun when the command of
     another one ends (sesscheckclose in svr-chansession.c), at times dying of it.
 
     ``check_usable`` raises when the machine cannot be talked to.
