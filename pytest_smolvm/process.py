@@ -84,17 +84,7 @@ def run_tool(
     if shutil.which(argv[0]) is None:
         raise ToolError(f"{argv[0]} could not be started: no such program", {"argv": list(argv)})
     try:
-        done = subprocess.run(
-            [*_die_with_parent(), *argv],
-            cwd=cwd,
-            env=None if env is None else {**os.environ, **env},
-            input=stdin,
-            capture_output=True,
-            timeout=timeout_s,
-            check=False,
-            # Ctrl-C is for us: we end the tool ourselves, and clean up after it.
-            start_new_session=True,
-        )
+        done = run_to_end(argv, timeout_s=timeout_s, cwd=cwd, env=env, stdin=stdin)
     except subprocess.TimeoutExpired as error:
         raise ToolError(
             f"{shlex.join(argv)} did not end within {timeout_s:g} s",
@@ -112,6 +102,31 @@ def run_tool(
             {"argv": list(argv), "exit_status": done.returncode, "output": stdout + stderr},
         )
     return stdout
+
+
+def run_to_end(
+    argv: Sequence[str],
+    *,
+    timeout_s: float,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    stdin: bytes = b"",
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a program to its end, whatever its exit status; it is killed if this process dies.
+
+    Raises ``subprocess.TimeoutExpired``, having killed it, and ``OSError``.
+    """
+    return subprocess.run(
+        [*_die_with_parent(), *argv],
+        cwd=cwd,
+        env=None if env is None else {**os.environ, **env},
+        input=stdin,
+        capture_output=True,
+        timeout=timeout_s,
+        check=False,
+        # Ctrl-C is for us: we end the program ourselves, and clean up after it.
+        start_new_session=True,
+    )
 
 
 def _text(data: bytes | str | None) -> str:

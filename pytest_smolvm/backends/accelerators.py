@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pytest_smolvm.backends.qemu_args import Architecture
+from pytest_smolvm.process import run_to_end
 from pytest_smolvm.store import Store, make_private_dir, read_json, write_json
 
 PROBE_TIMEOUT_S = 0.8
@@ -136,14 +137,7 @@ def _try(name: str, qemu: str, architecture: Architecture) -> AcceleratorReport:
             *(part for device in probe.devices for part in ("-device", device)),
         ]
         try:
-            done = subprocess.run(
-                argv,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=PROBE_TIMEOUT_S,
-                check=False,
-                start_new_session=True,
-            )
+            done = run_to_end(argv, timeout_s=PROBE_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             return AcceleratorReport(
                 name,
