@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import subprocess
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import paramiko
@@ -41,7 +40,7 @@ def command_line(
         boot_args=config.boot_args,
         vcpu_count=config.vcpu_count,
         mem_size_mib=config.mem_size_mib,
-        disk=replace(disk),
+        disk=disk,
         network="isolated",
         accelerator=backend.accelerator,
         console=folder / "bare.console",

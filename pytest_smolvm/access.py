@@ -5,8 +5,6 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-import paramiko
-
 from pytest_smolvm import ssh
 from pytest_smolvm.config import VMConfig
 from pytest_smolvm.errors import CommandExecutionUnavailableError
@@ -45,11 +43,11 @@ def prepare_login(config: VMConfig, user: str, key_path: Path | None, store: Sto
     if key_path is not None:
         return ssh.Login(user, manifest.host_key, (ssh.load_private_key(key_path),))
     own = ssh.load_private_key(library_key_pair(store).private_path)
-    accepted = {line.split()[1] for line in manifest.authorized_keys if len(line.split()) > 1}
-    if own.get_base64() in accepted:
-        keys: tuple[paramiko.PKey, ...] = (own,)
-    else:
-        keys = ssh.order_keys([own, *ssh.user_keys()], manifest.authorized_keys)
+    keys = ssh.accepted_keys([own], manifest.authorized_keys)
+    if not keys:
+        candidates = (own, *ssh.user_keys())
+        # An image whose keys are not known is offered all of them.
+        keys = ssh.accepted_keys(candidates, manifest.authorized_keys) or candidates
     return ssh.Login(user, manifest.host_key, keys)
 
 

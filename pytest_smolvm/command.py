@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 import paramiko
 
@@ -23,6 +23,15 @@ _CHUNK_BYTES = 1 << 18
 _QUIET_S = 0.25
 _KILL_TIMEOUT_S = 5.0
 _SHOWN_OUTPUT_CHARS = 20_000
+
+
+class RunOptions(TypedDict, total=False):
+    """The options of ``run``; what they mean is told at ``SmolVM.run``."""
+
+    shell: Shell
+    input: str | bytes | None
+    cwd: str | None
+    env: Mapping[str, str] | None
 
 
 @dataclass(frozen=True)

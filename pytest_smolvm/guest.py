@@ -6,19 +6,20 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Unpack
 
 import paramiko
 
 from pytest_smolvm import command as commands
 from pytest_smolvm import envvars, ssh, transfer
-from pytest_smolvm.command import CommandResult, Shell
+from pytest_smolvm.command import CommandResult
 from pytest_smolvm.config import check_env_vars
 from pytest_smolvm.connections import Connections
 from pytest_smolvm.errors import OperationTimeoutError, SmolVMError
 from pytest_smolvm.process import Deadline
 
 DEFAULT_COMMAND_TIMEOUT_S = 30.0
-_TRANSFER_TIMEOUT_S = 600.0
+TRANSFER_TIMEOUT_S = 600.0
 _POLL_S = 0.05
 # A guest that switches itself off ends its SSH server seconds before the machine.
 _DEATH_GRACE_S = 5.0
@@ -53,26 +54,15 @@ class Guest:
         command: str | Sequence[str],
         timeout: float = DEFAULT_COMMAND_TIMEOUT_S,
         *,
-        shell: Shell = "login",
         check: bool = False,
-        input: str | bytes | None = None,
-        cwd: str | None = None,
-        env: Mapping[str, str] | None = None,
+        **options: Unpack[commands.RunOptions],
     ) -> CommandResult:
         """See ``SmolVM.run``."""
         with (
             self._explained(f"the command {command!r}"),
             self._connections.lend(timeout) as transport,
         ):
-            result = commands.run(
-                transport,
-                command,
-                timeout,
-                shell=shell,
-                input=input,
-                cwd=cwd,
-                env=env,
-            )
+            result = commands.run(transport, command, timeout, **options)
         return result.check() if check else result
 
     def put(self, local: str | Path, remote: str, timeout: float) -> None:
@@ -83,7 +73,7 @@ class Guest:
 
     def read_text(self, path: str) -> str:
         chunks: list[bytes] = []
-        run = self._executor(f"read {path}", _TRANSFER_TIMEOUT_S)
+        run = self._executor(f"read {path}", TRANSFER_TIMEOUT_S)
         run(f"cat {commands.shell_line([path])}", None, chunks.append)
         try:
             return b"".join(chunks).decode()
@@ -94,7 +84,7 @@ class Guest:
             ) from None
 
     def write_text(self, path: str, text: str) -> None:
-        run = self._executor(f"write {path}", _TRANSFER_TIMEOUT_S)
+        run = self._executor(f"write {path}", TRANSFER_TIMEOUT_S)
         run(transfer.write_line(path, "", None), text.encode(), bytes)
 
     def list_env_vars(self) -> dict[str, str]:

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
+from pytest_smolvm.booting import BOOT_TIMEOUT_S
 from pytest_smolvm.command import CommandResult, Shell
 from pytest_smolvm.errors import SmolVMError
-from pytest_smolvm.guest import DEFAULT_COMMAND_TIMEOUT_S, Guest
+from pytest_smolvm.guest import DEFAULT_COMMAND_TIMEOUT_S, TRANSFER_TIMEOUT_S, Guest
 from pytest_smolvm.process import Deadline
-
-_TRANSFER_TIMEOUT_S = 600.0
 
 
 def check_port(port: int, what: str) -> None:
@@ -28,7 +27,7 @@ class Inside(ABC):
     def _live_guest(self) -> Guest:
         """The guest, or an error that says why it cannot be talked to."""
 
-    def wait_for_ssh(self, timeout: float = 60.0) -> Self:
+    def wait_for_ssh(self, timeout: float = BOOT_TIMEOUT_S) -> Self:
         """Wait until the guest lets us in anew, for at most ``timeout`` seconds."""
         self._live_guest().connect(Deadline(timeout))
         return self
@@ -58,7 +57,7 @@ class Inside(ABC):
             command, timeout, shell=shell, check=check, input=input, cwd=cwd, env=env
         )
 
-    def put(self, local: str | Path, remote: str, timeout: float = _TRANSFER_TIMEOUT_S) -> None:
+    def put(self, local: str | Path, remote: str, timeout: float = TRANSFER_TIMEOUT_S) -> None:
         """Copy from the host to the guest, with modes; everything becomes root's.
 
         A file becomes ``remote``, or goes into it if that is a directory or ends
@@ -67,7 +66,7 @@ class Inside(ABC):
         """
         self._live_guest().put(local, remote, timeout)
 
-    def get(self, remote: str, local: str | Path, timeout: float = _TRANSFER_TIMEOUT_S) -> None:
+    def get(self, remote: str, local: str | Path, timeout: float = TRANSFER_TIMEOUT_S) -> None:
         """Copy from the guest to the host, with modes, by the same rules as ``put``.
 
         Nothing is written outside ``local``, whatever the guest sends; devices

@@ -95,13 +95,12 @@ def user_keys() -> list[paramiko.PKey]:
     return found
 
 
-def order_keys(
+def accepted_keys(
     keys: Sequence[paramiko.PKey], authorized: Sequence[str]
 ) -> tuple[paramiko.PKey, ...]:
-    """Those keys that the image is known to accept; all of them if it is not known."""
+    """Those of ``keys`` that the lines of an ``authorized_keys`` file let in."""
     accepted = {line.split()[1] for line in authorized if len(line.split()) > 1}
-    matching = tuple(key for key in keys if key.get_base64() in accepted)
-    return matching or tuple(keys)
+    return tuple(key for key in keys if key.get_base64() in accepted)
 
 
 def connect(

@@ -23,7 +23,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +115,24 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, operation: str, timeout_s: float) -> Iterator[None]:
-    """Hold the lock file ``path``; waiting longer than ``timeout_s`` is an error."""
+def locked(
+    path: Path,
+    *,
+    operation: str,
+    timeout_s: float,
+    on_wait: Callable[[], object] = lambda: None,
+) -> Iterator[None]:
+    """Hold the lock file ``path``; waiting longer than ``timeout_s`` is an error.
+
+    ``on_wait`` is called if another holds it, before the wait.
+    """
     lock = FileLock(path, mode=0o600)
     try:
-        lock.acquire(timeout=timeout_s, poll_interval=0.02)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            on_wait()
+            lock.acquire(timeout=timeout_s, poll_interval=0.02)
     except Timeout:
         raise OperationTimeoutError(
             operation, timeout_s, f"another process holds {path}; see: fuser -v {path}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,6 +78,10 @@ def guest(shared_guest: SmolVM) -> SmolVM:
     if shared_guest.status != "running":
         pytest.fail(f"the shared guest is {shared_guest.status}:\n{shared_guest.console[-2000:]}")
     return shared_guest
+
+
+def changed(config: VMConfig, **fields: Any) -> VMConfig:
+    return config.model_copy(update=fields)
 
 
 def qemu_pids() -> set[int]:

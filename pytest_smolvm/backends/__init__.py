@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 
 from pytest_smolvm.backends.accelerators import AcceleratorReport, report_accelerator
 from pytest_smolvm.backends.base import Backend
 from pytest_smolvm.backends.firecracker import refuse_firecracker
 from pytest_smolvm.backends.qemu import QemuBackend
-from pytest_smolvm.backends.qemu_args import ARCHITECTURES, Architecture
+from pytest_smolvm.backends.qemu_args import ARCHITECTURES, Architecture, host_machine
 from pytest_smolvm.errors import BackendError
 from pytest_smolvm.process import ToolError, find_tool
 from pytest_smolvm.store import Store
@@ -22,8 +21,7 @@ ACCELERATORS = ("auto", "kvm", "hvf", "tcg")
 
 def host_architecture() -> Architecture:
     """The guest architecture that matches this host."""
-    machine = os.uname().machine
-    machine = {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine)
+    machine = host_machine()
     try:
         return ARCHITECTURES[machine]
     except KeyError:

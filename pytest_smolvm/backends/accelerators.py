@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pytest_smolvm.backends.qemu_args import Architecture
+from pytest_smolvm.backends.qemu_args import Architecture, host_machine
 from pytest_smolvm.process import run_to_end
 from pytest_smolvm.store import Store, make_private_dir, read_json, write_json
 
@@ -85,7 +85,7 @@ def report_accelerator(
 
 
 def _kvm_access_problem(architecture: Architecture) -> str:
-    if os.uname().machine not in (architecture.name, {"aarch64": "arm64"}.get(architecture.name)):
+    if host_machine() != architecture.name:
         return f"this host does not run {architecture.name} code itself"
     if not _KVM.exists():
         return "there is no /dev/kvm (no hardware virtualization, or it is not exposed here)"

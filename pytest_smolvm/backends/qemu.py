@@ -9,7 +9,6 @@ from pathlib import Path
 
 from pytest_smolvm.backends.base import MachineEnd, MachineSpec
 from pytest_smolvm.backends.qemu_args import (
-    GUEST_ADDRESS,
     Architecture,
     kernel_command_line,
     qemu_argv,
@@ -17,6 +16,7 @@ from pytest_smolvm.backends.qemu_args import (
 from pytest_smolvm.backends.qmp import Monitor
 from pytest_smolvm.errors import BackendError, SmolVMError
 from pytest_smolvm.process import Deadline, MachineProcess
+from pytest_smolvm.usernet import GUEST_ADDRESS
 
 logger = logging.getLogger(__name__)
 
@@ -124,10 +124,6 @@ class QemuMachine:
     @property
     def command_line(self) -> list[str]:
         return self._process.argv
-
-    @property
-    def version(self) -> str:
-        return self._monitor.version
 
     @property
     def ssh_address(self) -> tuple[str, int]:

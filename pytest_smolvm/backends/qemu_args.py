@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from pytest_smolvm.backends.base import MachineSpec
 from pytest_smolvm.disks import Disk, Image
-
-GUEST_ADDRESS = "10.0.2.15"
-_GUEST_NETWORK = "10.0.2.0/24"
+from pytest_smolvm.usernet import GUEST_ADDRESS, NETWORK
 
 # spawn=deny: a QEMU taken over by its guest cannot start programs.
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
@@ -51,6 +50,12 @@ ARCHITECTURES = {
 }
 
 
+def host_machine() -> str:
+    """What this host's processor is called in ``ARCHITECTURES``, if it is there."""
+    machine = os.uname().machine
+    return {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine)
+
+
 def qemu_argv(
     spec: MachineSpec, architecture: Architecture, *, binary: str, monitor_fd: int
 ) -> list[str]:
@@ -65,7 +70,7 @@ def qemu_argv(
     user_network = _key_values(
         "user",
         id="net0",
-        net=_GUEST_NETWORK,
+        net=NETWORK,
         dhcpstart=GUEST_ADDRESS,
         ipv6="off",
         restrict="on" if spec.network == "isolated" else "off",

@@ -29,10 +29,9 @@ class Monitor:
 
     def __init__(self, name: str) -> None:
         self._client = QMPClient(name)
-        self._listener = EventListener(names={"SHUTDOWN", "RESET", "GUEST_PANICKED"})
+        self._listener = EventListener(names={"SHUTDOWN", "RESET"})
         self._watcher: asyncio.Task[None] | None = None
         self._changed: asyncio.Condition | None = None
-        self.version = ""
         self.shutdown_reason = ""
         self.resets = 0
 
@@ -49,10 +48,6 @@ class Monitor:
             await_result(connect(), operation="greeting QEMU's monitor", timeout_s=timeout_s)
         except (QMPError, OSError, EOFError) as error:
             raise ConnectionError(str(error)) from error
-        greeting = self._client.greeting
-        if greeting is not None:
-            version: Any = greeting.QMP.version["qemu"]
-            self.version = f"{version['major']}.{version['minor']}.{version['micro']}"
 
     async def _watch(self) -> None:
         assert self._changed is not None  # noqa: S101 - set before this task starts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -12,17 +11,14 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from pytest_smolvm.errors import ImageError, OperationTimeoutError
+from pytest_smolvm.errors import ImageError
 from pytest_smolvm.images.debian import Progress
 from pytest_smolvm.images.micro import MicroRecipe
 from pytest_smolvm.keys import check_public_key, library_key_pair
 from pytest_smolvm.process import Deadline, ToolError
-from pytest_smolvm.store import Store, default_state_dir, make_private_dir
+from pytest_smolvm.store import Store, default_state_dir, locked, make_private_dir
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +111,12 @@ class ImageBuilder:
         return target / "vmlinux", target / "rootfs.ext4"
 
     def _build_once(self, recipe: MicroRecipe, target: Path, name: str, progress: Progress) -> None:
-        with _build_lock(self.cache_dir / f"{target.name}.lock", progress):
+        with locked(
+            self.cache_dir / f"{target.name}.lock",
+            operation="waiting for another process to build an image",
+            timeout_s=_BUILD_TIMEOUT_S,
+            on_wait=lambda: progress("another process is building it: waiting"),
+        ):
             if target.is_dir():
                 return
             prefix = f".{target.name}."
@@ -131,26 +132,6 @@ class ImageBuilder:
                 # A directory appears under its name complete, or not at all.
                 whole.replace(target)
             progress("ready")
-
-
-@contextlib.contextmanager
-def _build_lock(path: Path, progress: Progress) -> Iterator[None]:
-    """Hold the lock of one image; tells when it has to wait for another builder."""
-    lock = FileLock(path, mode=0o600)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        progress("another process is building it: waiting")
-        try:
-            lock.acquire(timeout=_BUILD_TIMEOUT_S)
-        except Timeout:
-            raise OperationTimeoutError(
-                "waiting for another process to build an image", _BUILD_TIMEOUT_S
-            ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _remove_leftover(folder: Path) -> None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+from pytest_smolvm.usernet import GATEWAY, GUEST_ADDRESS, NAME_SERVER, PREFIX_LENGTH
 
-# QEMU's user network hands every guest the same addresses.
-GUEST_ADDRESS = "10.0.2.15/24"
-GATEWAY = "10.0.2.2"
-NAME_SERVER = "10.0.2.3"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def initrd_init(modules: Iterable[str]) -> str:
@@ -89,7 +86,7 @@ while read -r device where type options rest; do
 done < /proc/mounts
 hostname -F /etc/hostname
 ip link set lo up
-ip addr add {GUEST_ADDRESS} dev eth0
+ip addr add {GUEST_ADDRESS}/{PREFIX_LENGTH} dev eth0
 ip link set eth0 up
 ip route add default via {GATEWAY}
 exec /bin/busybox init

@@ -14,8 +14,6 @@ from pytest_smolvm.plugin.reporting import remember_vm, show_progress
 if TYPE_CHECKING:
     from pytest_smolvm import ImageBuilder, SmolVM, VMConfig
 
-DEFAULT_IMAGE = "micro"
-
 
 @pytest.fixture(scope="session")
 def smolvm_images(pytestconfig: pytest.Config) -> ImageBuilder:
@@ -82,6 +80,7 @@ def _build_config(wanted: dict[str, Any], images: ImageBuilder) -> VMConfig:
     from pydantic import ValidationError
 
     from pytest_smolvm.config import SSH_BOOT_ARGS, VMConfig
+    from pytest_smolvm.images.builder import DEFAULT_IMAGE
 
     image = wanted.pop("image", DEFAULT_IMAGE)
     wanted.setdefault("boot_args", SSH_BOOT_ARGS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Generator
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING
 import _pytest
 import pluggy
 import pytest
+
+from pytest_smolvm.errors import SmolVMError
 
 if TYPE_CHECKING:
     from pytest_smolvm.vm import SmolVM
@@ -29,8 +30,10 @@ def remember_vm(item: pytest.Item, vm: SmolVM) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    own_error = call.excinfo if _is_own_error(call.excinfo) else None
-    if item.config.getoption("fulltrace"):
+    own_error = call.excinfo
+    if own_error is not None and (
+        not own_error.errisinstance(SmolVMError) or item.config.getoption("fulltrace")
+    ):
         own_error = None
     has_line = own_error is None or _end_where_we_were_called(own_error)
     report = yield
@@ -45,12 +48,6 @@ def pytest_runtest_makereport(
             title = f"console of {vm.vm_id} (last {len(text.splitlines())} lines)"
             report.sections.append((title, text or "(nothing)"))
     return report
-
-
-def _is_own_error(excinfo: pytest.ExceptionInfo[BaseException] | None) -> bool:
-    # Not imported for its sake: an error of ours has imported it.
-    errors = sys.modules.get("pytest_smolvm.errors")
-    return bool(excinfo and errors and excinfo.errisinstance(errors.SmolVMError))
 
 
 def _end_where_we_were_called(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:

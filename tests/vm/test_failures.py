@@ -21,7 +21,7 @@ from pytest_smolvm import (
 )
 from pytest_smolvm.images import ext4
 from pytest_smolvm.images.manifest import ImageManifest, write_manifest
-from tests.conftest import qemu_pids
+from tests.conftest import changed, qemu_pids
 
 # Far beyond what a boot takes: a test that waited it out would be noticed.
 PATIENCE_S = 600.0
@@ -42,10 +42,6 @@ def start_fails(config: VMConfig) -> BackendError:
         vm.start(boot_timeout=PATIENCE_S)
     assert vm.status is VMState.ERROR
     return caught.value
-
-
-def changed(config: VMConfig, **fields: Any) -> VMConfig:
-    return config.model_copy(update=fields)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a kernel\n" * 1000, b"\0" * 4096])

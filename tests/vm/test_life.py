@@ -12,7 +12,6 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -28,11 +27,7 @@ from pytest_smolvm import (
     VMNotFoundError,
     VMState,
 )
-from tests.conftest import qemu_pids
-
-
-def changed(config: VMConfig, **fields: Any) -> VMConfig:
-    return config.model_copy(update=fields)
+from tests.conftest import changed, qemu_pids
 
 
 def sha256(path: Path) -> str:
