@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         VMNotFoundError,
     )
     from pytest_smolvm.images.builder import ImageBuilder
-    from pytest_smolvm.store import VMState
+    from pytest_smolvm.records import VMState
     from pytest_smolvm.vm import SmolVM
 
 _HOME = {
@@ -42,7 +42,7 @@ _HOME = {
     "VMNotFoundError": "errors",
     "ImageBuilder": "images.builder",
     "SmolVM": "vm",
-    "VMState": "store",
+    "VMState": "records",
 }
 
 __all__ = [

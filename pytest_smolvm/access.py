@@ -10,7 +10,8 @@ from pytest_smolvm.config import VMConfig
 from pytest_smolvm.errors import CommandExecutionUnavailableError
 from pytest_smolvm.images.manifest import HOST_KEY_IN_IMAGE, manifest_path, read_manifest
 from pytest_smolvm.keys import library_key_pair
-from pytest_smolvm.store import Store, write_atomically
+from pytest_smolvm.statedir import write_atomically
+from pytest_smolvm.store import Store
 
 
 def check_offers_ssh(config: VMConfig) -> None:

@@ -40,7 +40,9 @@ def launch(
     began = time.monotonic()
     disk = prepare_disk(config, directory, store)
     disk_done = time.monotonic()
-    directory.console.unlink(missing_ok=True)
+    if directory.console.exists():
+        # The boot before may be the one that somebody wants to look into.
+        directory.console.replace(directory.earlier_console)
     machine = backend.launch(_spec(config, backend, directory, disk), deadline)
     launched = time.monotonic()
     timings = {"disk": disk_done - began, "launch": launched - disk_done}

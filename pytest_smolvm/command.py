@@ -26,12 +26,13 @@ _SHOWN_OUTPUT_CHARS = 20_000
 
 
 class RunOptions(TypedDict, total=False):
-    """The options of ``run``; what they mean is told at ``SmolVM.run``."""
+    """The options of ``run``; most of them are told of at ``SmolVM.run``."""
 
     shell: Shell
     input: str | bytes | None
     cwd: str | None
     env: Mapping[str, str] | None
+    kill_timeout_s: float
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,12 @@ def run(
     input: str | bytes | None = None,
     cwd: str | None = None,
     env: Mapping[str, str] | None = None,
+    kill_timeout_s: float = _KILL_TIMEOUT_S,
 ) -> CommandResult:
-    """Run one command to its end, or kill it in the guest when its time is up."""
+    """Run one command to its end, or kill it in the guest when its time is up.
+
+    ``kill_timeout_s``: seconds that the killing may take.
+    """
     line = shell_line(command)
     deadline = Deadline(timeout_s)
     token = secrets.token_hex(8)
@@ -159,7 +164,7 @@ def run(
             on_stderr=stderr.extend,
         )
     except OperationTimeoutError:
-        killed = kill_marked(transport, token)
+        killed = kill_marked(transport, token, kill_timeout_s)
         printed = stdout.decode(errors="replace"), stderr.decode(errors="replace")
         raise OperationTimeoutError(
             f"the command {line!r}",
@@ -183,7 +188,9 @@ def run(
     )
 
 
-def kill_marked(transport: paramiko.Transport, token: str) -> bool:
+def kill_marked(
+    transport: paramiko.Transport, token: str, timeout_s: float = _KILL_TIMEOUT_S
+) -> bool:
     """Kill every process in the guest that carries ``token``; whether that was done."""
     # The brackets keep the pattern from matching the command that looks for it.
     script = (
@@ -192,7 +199,7 @@ def kill_marked(transport: paramiko.Transport, token: str) -> bool:
         "&& kill -9 ${process#/proc/}; done; exit 0"
     )
     try:
-        status = execute(transport, script, deadline=Deadline(_KILL_TIMEOUT_S))
+        status = execute(transport, script, deadline=Deadline(timeout_s))
     except (SmolVMError, paramiko.SSHException, OSError, EOFError):
         return False
     return status == 0

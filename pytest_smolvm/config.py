@@ -12,6 +12,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from pytest_smolvm.limits import (
+    DEFAULT_MEM_SIZE_MIB,
+    DEFAULT_VCPU_COUNT,
+    MEM_SIZE_MIB,
+    VCPU_COUNT,
+)
+
 DEFAULT_BOOT_ARGS = "console=ttyS0 reboot=k panic=1 pci=off"
 """The boot arguments of a VM that asks for none: it boots the image's own init."""
 
@@ -94,10 +101,12 @@ class VMConfig(BaseModel):
     vm_id: str = Field(default_factory=generate_vm_id)
     """Unique among the VMs of this host; None or left out: ``vm-<8 hex digits>``."""
 
-    vcpu_count: Annotated[int, Field(ge=1, le=32)] = 2
+    vcpu_count: Annotated[int, Field(ge=VCPU_COUNT[0], le=VCPU_COUNT[1])] = DEFAULT_VCPU_COUNT
     """Virtual CPUs, 1 to 32."""
 
-    mem_size_mib: Annotated[int, Field(ge=128, le=16384)] = 512
+    mem_size_mib: Annotated[int, Field(ge=MEM_SIZE_MIB[0], le=MEM_SIZE_MIB[1])] = (
+        DEFAULT_MEM_SIZE_MIB
+    )
     """Memory in MiB, 128 to 16384."""
 
     kernel_path: Path

@@ -23,7 +23,7 @@ from typing import Literal
 
 from pytest_smolvm.errors import ImageError
 from pytest_smolvm.process import ToolError, find_tool, run_tool
-from pytest_smolvm.store import make_private_dir, read_json, write_json
+from pytest_smolvm.statedir import make_private_dir, read_json, write_json
 
 ImageFormat = Literal["raw", "qcow2"]
 _QCOW2_MAGIC = b"QFI\xfb"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
 
@@ -16,6 +17,7 @@ from pytest_smolvm.command import CommandResult
 from pytest_smolvm.config import check_env_vars
 from pytest_smolvm.connections import Connections
 from pytest_smolvm.errors import OperationTimeoutError, SmolVMError
+from pytest_smolvm.journal import Journal
 from pytest_smolvm.process import Deadline
 
 DEFAULT_COMMAND_TIMEOUT_S = 30.0
@@ -23,7 +25,16 @@ TRANSFER_TIMEOUT_S = 600.0
 _POLL_S = 0.05
 # A guest that switches itself off ends its SSH server seconds before the machine.
 _DEATH_GRACE_S = 5.0
+_LISTENERS = "cat /proc/net/tcp /proc/net/tcp6 2>/dev/null"
 _LISTEN_STATE = "0A"  # include/net/tcp_states.h
+
+
+@dataclass
+class _Notes:
+    """What is to be written into the journal of a command that is still under way."""
+
+    result: CommandResult | None = None
+    tries: int = 0
 
 
 class Guest:
@@ -38,8 +49,10 @@ class Guest:
         address: tuple[str, int],
         login: ssh.Login,
         check_usable: Callable[[float], None],
+        journal: Journal,
     ) -> None:
         self._check_usable = check_usable
+        self._journal = journal
         self._connections = Connections(address, login, lambda: check_usable(0))
 
     def connect(self, deadline: Deadline) -> float:
@@ -58,12 +71,54 @@ class Guest:
         **options: Unpack[commands.RunOptions],
     ) -> CommandResult:
         """See ``SmolVM.run``."""
+        with self._noted(command) as notes:
+            notes.result = self._run(command, timeout, **options)
+        return notes.result.check() if check else notes.result
+
+    def ask(self, command: str, timeout: float) -> CommandResult:
+        """Run a command of the library's own, which nobody needs to hear of."""
+        return self._run(command, timeout, shell="raw", kill_timeout_s=1.0)
+
+    def _run(
+        self,
+        command: str | Sequence[str],
+        timeout: float,
+        **options: Unpack[commands.RunOptions],
+    ) -> CommandResult:
         with (
             self._explained(f"the command {command!r}"),
             self._connections.lend(timeout) as transport,
         ):
-            result = commands.run(transport, command, timeout, **options)
-        return result.check() if check else result
+            return commands.run(transport, command, timeout, **options)
+
+    @contextlib.contextmanager
+    def _noted(self, command: str | Sequence[str]) -> Iterator[_Notes]:
+        """Write into the journal what comes of a command, or of a wait for one."""
+        notes = _Notes()
+        began = time.monotonic()
+        try:
+            yield notes
+        except BaseException as error:
+            # Ctrl-C too: what a test hung in is what one wants to know afterwards.
+            self._journal.note(
+                command,
+                time.monotonic() - began,
+                None,
+                stdout=getattr(error, "stdout", ""),
+                stderr=getattr(error, "stderr", ""),
+                error=str(error).partition("\n")[0] or type(error).__name__,
+                tries=max(1, notes.tries),
+            )
+            raise
+        if notes.result is not None:
+            self._journal.note(
+                command,
+                time.monotonic() - began,
+                notes.result.exit_code,
+                stdout=notes.result.stdout,
+                stderr=notes.result.stderr,
+                tries=max(1, notes.tries),
+            )
 
     def put(self, local: str | Path, remote: str, timeout: float) -> None:
         transfer.put(self._executor(f"put {local} to {remote}", timeout), Path(local), remote)
@@ -128,12 +183,20 @@ class Guest:
         self, command: str | Sequence[str], timeout: float, interval: float = _POLL_S
     ) -> CommandResult:
         """See ``SmolVM.wait_until``."""
+        with self._noted(command) as notes:
+            notes.result = self._poll_until(command, timeout, interval, notes)
+        return notes.result
+
+    def _poll_until(
+        self, command: str | Sequence[str], timeout: float, interval: float, notes: _Notes
+    ) -> CommandResult:
         deadline = Deadline(timeout)
         last: CommandResult | None = None
         last_try, stdout, stderr = "no try came to an end", "", ""
         while not deadline.passed():
+            notes.tries += 1
             try:
-                last = self.run(command, deadline.remaining_s())
+                last = self._run(command, deadline.remaining_s())
             except OperationTimeoutError as error:
                 if last is None:
                     last_try += f": {error.message}"
@@ -155,11 +218,7 @@ class Guest:
         while not deadline.passed():
             # The kernel's own table: nothing is sent to the service that is waited for.
             try:
-                tables = self.run(
-                    "cat /proc/net/tcp /proc/net/tcp6 2>/dev/null",
-                    deadline.remaining_s(),
-                    shell="raw",
-                ).stdout
+                tables = self.ask(_LISTENERS, deadline.remaining_s()).stdout
             except OperationTimeoutError:
                 break
             ports = listening_ports(tables)

@@ -9,7 +9,8 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from pytest_smolvm.store import Store, locked, make_private_dir, write_atomically
+from pytest_smolvm.statedir import locked, make_private_dir, write_atomically
+from pytest_smolvm.store import Store
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,15 @@ from pytest_smolvm.process import Deadline
 
 logger = logging.getLogger(__name__)
 
+_SYNC_TIMEOUT_S = 2.0
+_QUIT_TIMEOUT_S = 2.0
+
 
 def power_off(vm_id: str, machine: Machine, guest: Guest | None, deadline: Deadline) -> None:
     """Ask the guest to switch itself off; what has not ended by the deadline runs on."""
     try:
         if guest is not None:
-            guest.run("poweroff", max(0.1, deadline.remaining_s()), shell="raw")
+            guest.ask("poweroff", max(0.1, deadline.remaining_s()))
         else:
             machine.press_power_button()
     except SmolVMError as error:
@@ -31,6 +34,20 @@ def power_off(vm_id: str, machine: Machine, guest: Guest | None, deadline: Deadl
         )
 
 
+def settle(vm_id: str, machine: Machine, guest: Guest | None) -> None:
+    """End the machine with what the guest had written in its disk's file, as far as can be.
+
+    Takes seconds at most, whatever state the guest is in.
+    """
+    if guest is not None:
+        try:
+            guest.ask("sync", _SYNC_TIMEOUT_S)
+        except SmolVMError as error:
+            # Past answering: its disk is kept as after a power cut.
+            logger.debug("%s: asked to write its disk: %s", vm_id, error)
+    machine.quit(_QUIT_TIMEOUT_S)
+
+
 def reset(vm_id: str, machine: Machine, guest: Guest, deadline: Deadline, *, force: bool) -> None:
     """Have the machine start again from its firmware; returns once it does.
 
@@ -41,7 +58,7 @@ def reset(vm_id: str, machine: Machine, guest: Guest, deadline: Deadline, *, for
         machine.reset()
     else:
         try:
-            guest.run("reboot", max(0.1, deadline.remaining_s()), shell="raw")
+            guest.ask("reboot", max(0.1, deadline.remaining_s()))
         except SmolVMError as error:
             logger.debug("%s: asked to reboot: %s", vm_id, error)
     if not machine.wait_for_reset(before, deadline) and machine.poll() is None:

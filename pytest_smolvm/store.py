@@ -1,4 +1,4 @@
-"""Where state lies on the host, who owns it, and who sweeps it.
+"""Who owns the state on this host, and who sweeps it.
 
 ::
 
@@ -6,141 +6,47 @@
         vms/<vm id>/               one directory per VM
             lock                   held by the owner for as long as it lives
             vm.json                VMRecord
-            disk.qcow2  console.log  machine.log
+            disk.qcow2  console.log  commands.jsonl  machine.log
+            README.txt             in directories that were kept
         images/  keys/  cache/
 
 A VM directory whose lock nobody holds has no live owner. Unless its record
-says that its disk is to be kept, it is rubbish, and whoever comes next sweeps
-it. Lock files appear and vanish only under the store's own short lock, so
-nobody can hold a lock on a file that is no longer there.
+says that it is to be kept, it is rubbish, and whoever comes next sweeps it.
+Lock files appear and vanish only under the store's own short lock, so nobody
+can hold a lock on a file that is no longer there.
 """
 
 from __future__ import annotations
 
 import contextlib
-import enum
-import json
 import os
-import shutil
+import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import platformdirs
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pytest_smolvm.errors import OperationTimeoutError, SmolVMError, VMAlreadyExistsError
+from pytest_smolvm.errors import SmolVMError, VMAlreadyExistsError, VMNotFoundError
+from pytest_smolvm.keepsake import README_NAME, readme
 from pytest_smolvm.process import ProcessIdentity
+from pytest_smolvm.records import (
+    RECORD_NAME,
+    Retained,
+    VMRecord,
+    VMState,
+    is_kept,
+    read_record,
+)
+from pytest_smolvm.statedir import (
+    default_state_dir,
+    locked,
+    make_private_dir,
+    remove_tree,
+    write_atomically,
+)
 
 STORE_LOCK_TIMEOUT_S = 60
-
-
-class VMState(enum.StrEnum):
-    """Where a VM is in its life."""
-
-    CREATED = "created"
-    RUNNING = "running"
-    PAUSED = "paused"
-    STOPPED = "stopped"
-    ERROR = "error"
-
-
-class VMRecord(BaseModel):
-    """What other processes may know of a VM; written by its owner only."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    vm_id: str
-    config: dict[str, Any]
-    owner_pid: int
-    created_at: float
-    """Seconds since the epoch."""
-    status: VMState = VMState.CREATED
-    machine_pid: int | None = None
-    machine_start_ticks: int | None = None
-    ssh_host: str | None = None
-    ssh_port: int | None = None
-    ssh_user: str = "root"
-    ssh_key_path: str | None = None
-    keep_disk: bool = False
-    """Never swept: a later VM of the same id continues from the disk."""
-    base_fingerprint: str | None = None
-    """SHA-256 of the image under a kept disk."""
-
-    def set_machine(self, pid: int, ssh_address: tuple[str, int]) -> None:
-        """Note the process that runs the machine, and where its SSH server is met."""
-        self.ssh_host, self.ssh_port = ssh_address
-        if identity := ProcessIdentity.of(pid):
-            self.machine_pid = identity.pid
-            self.machine_start_ticks = identity.start_ticks
-
-
-def default_state_dir() -> Path:
-    """``SMOLVM_STATE_DIR``, or ``pytest-smolvm`` in the platform's user state directory."""
-    given = os.environ.get("SMOLVM_STATE_DIR")
-    if given:
-        return Path(given).expanduser().absolute()
-    return platformdirs.user_state_path("pytest-smolvm")
-
-
-def make_private_dir(path: Path) -> Path:
-    """Make the directory and its parents, each 0700 if it is new; errors say what to do."""
-    try:
-        # mkdir(parents=True) would make the parents with the default mode.
-        for folder in (*reversed(path.parents), path):
-            if not folder.is_dir():
-                folder.mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise SmolVMError(
-            f"the directory {path} cannot be made: {error.strerror}; set SMOLVM_STATE_DIR to a "
-            "directory that you can write to",
-            {"path": str(path)},
-        ) from error
-    return path
-
-
-def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Write a file that is there whole or not at all, whatever interrupts."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise SmolVMError(f"{path} cannot be written: {error.strerror}") from error
-
-
-@contextlib.contextmanager
-def locked(
-    path: Path,
-    *,
-    operation: str,
-    timeout_s: float,
-    on_wait: Callable[[], object] = lambda: None,
-) -> Iterator[None]:
-    """Hold the lock file ``path``; waiting longer than ``timeout_s`` is an error.
-
-    ``on_wait`` is called if another holds it, before the wait.
-    """
-    lock = FileLock(path, mode=0o600)
-    try:
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            on_wait()
-            lock.acquire(timeout=timeout_s, poll_interval=0.02)
-    except Timeout:
-        raise OperationTimeoutError(
-            operation, timeout_s, f"another process holds {path}; see: fuser -v {path}"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class VMDirectory:
@@ -161,6 +67,10 @@ class VMDirectory:
         return self.path / "console.log"
 
     @property
+    def earlier_console(self) -> Path:
+        return self.path / "console.1.log"
+
+    @property
     def machine_log(self) -> Path:
         return self.path / "machine.log"
 
@@ -168,18 +78,22 @@ class VMDirectory:
         return read_record(self.path)
 
     def write_record(self, record: VMRecord) -> None:
-        data = record.model_dump_json(indent=1).encode()
-        write_atomically(self.path / "vm.json", data)
+        _write_record(self.path, record)
+
+    def keep(self, record: VMRecord) -> None:
+        """Give up ownership; the directory stays, with a text that explains it."""
+        _write_kept(self.path, record)
+        self._lock.release()
 
     def release(self) -> None:
-        """Give up ownership; the directory stays."""
+        """Give up ownership; the directory stays as it is."""
         self._lock.release()
 
     def destroy(self) -> None:
         """Remove the directory with all it holds, and give up ownership."""
         with self._store.guarded():
             try:
-                _remove_tree(self.path)
+                remove_tree(self.path)
             finally:
                 self._lock.release()
 
@@ -211,25 +125,29 @@ class Store:
             timeout_s=STORE_LOCK_TIMEOUT_S,
         )
 
-    def claim(self, vm_id: str) -> VMDirectory:
+    def claim(self, vm_id: str, *, reopen: bool = False) -> VMDirectory:
         """Own the directory of ``vm_id``, new or left with a kept disk.
 
         A live owner elsewhere is a ``VMAlreadyExistsError``; what a dead owner
-        left behind is swept first.
+        left behind is swept first. What was kept only to be looked at is moved
+        aside, to an id of its own, unless it is to be opened again (``reopen``).
         """
         with self.guarded():
             path = self.vms / vm_id
             lock = self._try_lock(path)
             if lock is None:
-                record = read_record(path)
-                owner = f"process {record.owner_pid}" if record else "another process"
-                raise VMAlreadyExistsError(
-                    f"a VM called {vm_id!r} is in use by {owner}: delete that one first, or "
-                    "choose another vm_id (None generates one)",
-                    {"vm_id": vm_id},
+                raise _in_use(
+                    path, "delete that one first, or choose another vm_id (None generates one)"
                 )
             _kill_leftover_machine(path)
-            if not keeps_disk(path):
+            record = read_record(path)
+            if record and record.retained and not record.keep_disk and not reopen:
+                self._move_aside(path, record)
+                lock.release()
+                lock = self._try_lock(path)
+                if lock is None:
+                    raise SmolVMError(f"{path} was taken while its lock was held: try again")
+            elif not is_kept(path):
                 _empty_directory(path)
             return VMDirectory(self, vm_id, lock)
 
@@ -246,23 +164,104 @@ class Store:
             return False
 
     def sweep(self) -> list[str]:
-        """Remove what dead owners left, but for kept disks; return the ids removed."""
+        """Remove what dead owners left; return the ids removed.
+
+        Kept directories stay, and so do those that a live heir has yet to adopt.
+        """
         swept = []
+        for path in self._unowned():
+            _kill_leftover_machine(path)
+            record = read_record(path)
+            heir = record.usage.heir if record else None
+            if not is_kept(path) and not (heir and heir.is_alive()):
+                remove_tree(path)
+                swept.append(path.name)
+        return swept
+
+    def adopt(self, heir: ProcessIdentity) -> list[VMRecord]:
+        """Keep what dead owners left to ``heir``, to be looked at; return what was kept."""
+        adopted = []
+        for path in self._unowned():
+            record = read_record(path)
+            if record is None or record.is_kept or record.usage.heir != heir:
+                continue
+            _kill_leftover_machine(path)
+            record.status = VMState.ERROR
+            record.clear_machine()
+            record.retained = Retained(
+                reason=f"its owner, process {record.owner_pid}, died", at=time.time()
+            )
+            _write_kept(path, record)
+            adopted.append(record)
+        return adopted
+
+    def remove(self, vm_id: str) -> None:
+        """Remove what was kept of a VM, disk and all.
+
+        ``VMNotFoundError`` if there is none; one that a live process owns is an
+        error too.
+        """
+        with self.guarded():
+            path = self._existing(vm_id)
+            lock = self._try_lock(path)
+            if lock is None:
+                raise _in_use(path, "it can be removed when that has ended")
+            try:
+                _kill_leftover_machine(path)
+                remove_tree(path)
+            finally:
+                lock.release()
+
+    def drop_disk(self, vm_id: str, why: str) -> None:
+        """Remove the disk of a VM that was kept to be looked at; the rest stays."""
+        with self.guarded():
+            path = self._existing(vm_id)
+            lock = self._try_lock(path)
+            if lock is None:
+                return  # somebody is looking at it right now
+            try:
+                record = read_record(path)
+                if record is None or record.retained is None or record.keep_disk:
+                    return
+                (path / "disk.qcow2").unlink(missing_ok=True)
+                record.retained = record.retained.model_copy(update={"without_disk": why})
+                _write_kept(path, record)
+            finally:
+                lock.release()
+
+    def find(self, vm_id: str) -> Path:
+        """The directory of a VM, live or kept. ``VMNotFoundError`` if there is none."""
+        return self._existing(vm_id)
+
+    def _existing(self, vm_id: str) -> Path:
+        path = self.vms / vm_id
+        if "/" in vm_id or vm_id in ("", ".", "..") or not path.is_dir():
+            known = sorted(entry.name for entry in self.vms.iterdir())
+            raise VMNotFoundError(
+                f"there is no VM called {vm_id!r} on this host: "
+                + (f"there are {', '.join(known)}" if known else "there are none"),
+                {"vm_id": vm_id, "known": known},
+            )
+        return path
+
+    def _move_aside(self, path: Path, record: VMRecord) -> None:
+        record.vm_id = f"{record.vm_id[:50].rstrip('-')}-{secrets.token_hex(4)}"
+        record.config["vm_id"] = record.vm_id
+        aside = self.vms / record.vm_id
+        path.rename(aside)
+        _write_kept(aside, record)
+
+    def _unowned(self) -> Iterator[Path]:
+        """The directories that nobody owns, each ours for as long as it is looked at."""
         with self.guarded():
             for path in sorted(self.vms.iterdir()):
-                if not path.is_dir():
-                    continue
-                lock = self._try_lock(path)
+                lock = self._try_lock(path) if path.is_dir() else None
                 if lock is None:
                     continue
                 try:
-                    _kill_leftover_machine(path)
-                    if not keeps_disk(path):
-                        _remove_tree(path)
-                        swept.append(path.name)
+                    yield path
                 finally:
                     lock.release()
-        return swept
 
     @staticmethod
     def _try_lock(path: Path) -> FileLock | None:
@@ -277,28 +276,22 @@ class Store:
         return lock
 
 
-def read_record(path: Path) -> VMRecord | None:
-    """The record in a VM directory; None when there is none that can be read."""
-    try:
-        return VMRecord.model_validate_json((path / "vm.json").read_bytes())
-    except (OSError, ValidationError):
-        return None
-
-
-def keeps_disk(path: Path) -> bool:
-    """Whether a VM directory holds a disk that somebody asked to keep.
-
-    A record that cannot be understood (written by another release, say)
-    counts as such a request: a disk too many is better than one lost.
-    """
-    if not (path / "vm.json").exists():
-        return False
+def _in_use(path: Path, advice: str) -> VMAlreadyExistsError:
     record = read_record(path)
-    return record.keep_disk if record is not None else (path / "disk.qcow2").exists()
+    owner = f"process {record.owner_pid}" if record else "another process"
+    return VMAlreadyExistsError(
+        f"a VM called {path.name!r} is in use by {owner}: {advice}",
+        {"vm_id": path.name},
+    )
 
 
-def new_record(vm_id: str, config: dict[str, Any]) -> VMRecord:
-    return VMRecord(vm_id=vm_id, config=config, owner_pid=os.getpid(), created_at=time.time())
+def _write_record(path: Path, record: VMRecord) -> None:
+    write_atomically(path / RECORD_NAME, record.model_dump_json(indent=1).encode())
+
+
+def _write_kept(path: Path, record: VMRecord) -> None:
+    _write_record(path, record)
+    write_atomically(path / README_NAME, readme(record, path).encode())
 
 
 def _kill_leftover_machine(path: Path) -> None:
@@ -313,34 +306,9 @@ def _empty_directory(path: Path) -> None:
         if entry.name == "lock":
             continue
         if entry.is_dir() and not entry.is_symlink():
-            _remove_tree(entry)
+            remove_tree(entry)
         else:
             entry.unlink()
-
-
-def _remove_tree(path: Path) -> None:
-    try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise SmolVMError(
-            f"{path} cannot be removed: {error.strerror}; remove it by hand: rm -r {path}",
-            {"path": str(path)},
-        ) from error
-
-
-def read_json(path: Path) -> Any:
-    """The JSON in a cache file; None when it is missing or broken (a cache may be either)."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a cache file for ``read_json``."""
-    write_atomically(path, json.dumps(value).encode())
 
 
 _stores: dict[tuple[int, Path], Store] = {}

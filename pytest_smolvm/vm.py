@@ -10,44 +10,37 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from pydantic import ValidationError
+
 from pytest_smolvm import access, booting, diagnosis, power, registry
 from pytest_smolvm.backends import choose
 from pytest_smolvm.backends.base import Backend, Machine
 from pytest_smolvm.config import SSH_BOOT_ARGS, VMConfig
 from pytest_smolvm.disks import fingerprint
-from pytest_smolvm.errors import (
-    OperationTimeoutError,
-    SmolVMError,
-    VMNotFoundError,
-)
+from pytest_smolvm.errors import OperationTimeoutError, SmolVMError, VMNotFoundError
 from pytest_smolvm.guest import Guest
 from pytest_smolvm.images.builder import ImageBuilder
-from pytest_smolvm.inside import Inside, check_port
-from pytest_smolvm.keys import library_key_pair
+from pytest_smolvm.inside import Inside
+from pytest_smolvm.journal import Journal
+from pytest_smolvm.outside import Outside
 from pytest_smolvm.process import Deadline
-from pytest_smolvm.store import (
-    Store,
-    VMDirectory,
-    VMRecord,
-    VMState,
-    new_record,
-    read_record,
-    shared_store,
-)
-from pytest_smolvm.vmdisk import keeps_its_disk
+from pytest_smolvm.records import Retained, Usage, VMRecord, VMState, new_record, read_record
+from pytest_smolvm.store import Store, VMDirectory, shared_store
+from pytest_smolvm.vmdisk import keeps_its_disk, stat_image
 
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 20.0
 
 
-class SmolVM(Inside):
+class SmolVM(Inside, Outside):
     """One virtual machine with a disk of its own.
 
     ``config``: what the machine is; None: the image ``micro`` with the defaults.
     ``vm_id``, ``backend`` and ``mem_size_mib`` override the configuration's.
     ``ssh_key_path``: the private key to log in with; None: the library's own, or
-    whichever of yours the image accepts.
+    whichever of yours the image accepts. ``accelerator``: ``"kvm"``, ``"hvf"``,
+    ``"tcg"``, or ``"auto"``: the quickest that really runs a guest here.
 
     In a ``with`` statement the VM starts on entry (if it has not) and is deleted on exit. A VM
     ends with the process that made it, however that ends.
@@ -64,10 +57,12 @@ class SmolVM(Inside):
         mem_size_mib: int | None = None,
         ssh_user: str = "root",
         ssh_key_path: Path | str | None = None,
+        accelerator: str = "auto",
     ) -> None:
         overrides = {"vm_id": vm_id, "backend": backend, "mem_size_mib": mem_size_mib}
         key_path = Path(ssh_key_path).expanduser() if ssh_key_path else None
         self._prepare(_settle_config(config, overrides), shared_store(), ssh_user, key_path)
+        self._wanted_accelerator = accelerator
         self._claim()
 
     def _prepare(
@@ -88,34 +83,45 @@ class SmolVM(Inside):
         self._timings: dict[str, float] = {}
         self._guard = threading.RLock()
         self._directory: VMDirectory | None = None
+        self._wanted_accelerator = "auto"
+        self._journal = Journal(store.vms / config.vm_id)
+        self._usage = Usage()
+        self._retained: Retained | None = None
 
     @classmethod
     def from_id(cls, vm_id: str) -> SmolVM:
-        """The VM of that id: this process's own, another's, or one whose disk was kept.
+        """The VM of that id: this process's own, another's, or one that was kept.
 
         A VM of another process can be worked in (``run``, files), while its life
-        stays its owner's business. A kept disk comes back as a VM in the state
-        ``created`` that continues from it. ``VMNotFoundError`` if there is none.
+        stays its owner's business. A kept one comes back as a VM in the state
+        ``created`` that continues from its disk, and whose ``delete()`` keeps that
+        again. ``VMNotFoundError`` if there is none.
         """
         own = registry.find(vm_id)
         if own is not None:
             return own
         store = shared_store()
-        record = read_record(store.vms / vm_id) if "/" not in vm_id else None
+        path = store.find(vm_id)
+        record = read_record(path)
         if record is None:
-            known = sorted(path.name for path in store.vms.iterdir())
             raise VMNotFoundError(
-                f"there is no VM called {vm_id!r} on this host: "
-                + (f"there are {', '.join(known)}" if known else "there are none"),
-                {"vm_id": vm_id, "known": known},
+                f"the VM {vm_id!r} is being made right now, or its record cannot be read: {path}",
+                {"vm_id": vm_id},
             )
         if store.is_owned(vm_id):
             return JoinedVM(store, record)
-        return cls(
-            VMConfig.model_validate(record.config),
-            ssh_user=record.ssh_user,
-            ssh_key_path=record.ssh_key_path,
-        )
+        key_path = Path(record.ssh_key_path) if record.ssh_key_path else None
+        try:
+            config = VMConfig.model_validate(record.config)
+        except ValidationError as error:
+            raise SmolVMError(
+                f"the VM {vm_id!r} cannot be booted again:\n{error}", {"vm_id": vm_id}
+            ) from None
+        vm = cls.__new__(cls)
+        vm._prepare(config, store, record.ssh_user, key_path)
+        vm._usage, vm._retained = record.usage, record.retained
+        vm._claim()
+        return vm
 
     # -- life ---------------------------------------------------------------
 
@@ -130,13 +136,14 @@ class SmolVM(Inside):
     ) -> None:
         self.delete()
 
-    def start(self, boot_timeout: float | None = None) -> Self:
+    def start(self, boot_timeout: float | None = None, *, keep_failed: bool = False) -> Self:
         """Boot, and wait until the guest lets us in (if its boot arguments offer SSH).
 
         ``boot_timeout`` is seconds for all of it; None: 60, or 180 where the
         guest is emulated. Raises ``BackendError`` when the machine dies or
         nothing here can run it, ``OperationTimeoutError`` past the timeout; the
         machine is gone then, and so is its directory, but for a kept disk.
+        ``keep_failed``: the directory stays then, until ``retain()`` or ``delete()``.
         """
         with self._guard:
             self._require_owner("start it")
@@ -147,7 +154,7 @@ class SmolVM(Inside):
             try:
                 self._boot(boot_timeout)
             except BaseException:
-                self._give_up()
+                self._give_up(keep=keep_failed)
                 raise
             return self
 
@@ -162,7 +169,7 @@ class SmolVM(Inside):
             self._host_key = login.host_key
         elif self._config.env_vars:
             access.check_offers_ssh(self._config)
-        self._backend = choose(self._store, self._config.backend)
+        self._backend = choose(self._store, self._config.backend, self._wanted_accelerator)
         deadline = Deadline(booting.boot_timeout_s(boot_timeout, self._backend), "boot_timeout")
         launched = booting.launch(
             self._config, self._backend, self._directory, self._store, deadline
@@ -172,7 +179,7 @@ class SmolVM(Inside):
         self._state = VMState.RUNNING
         self._write_record()
         if login is not None:
-            self._guest = Guest(self._machine.ssh_address, login, self._check_usable)
+            self._guest = Guest(self._machine.ssh_address, login, self._check_usable, self._journal)
             banner_at = self._connect(deadline, "while booting")
             connected = time.monotonic()
             self._timings["boot"] = banner_at - launched.at
@@ -221,56 +228,69 @@ class SmolVM(Inside):
             return self
 
     def delete(self) -> None:
-        """End the VM and remove all that it has on this host, but for a disk to be kept.
+        """End the VM and remove all that it has on this host, but for what is to be kept.
 
         With ``retain_disk_on_delete`` the guest is switched off properly first,
-        so that its disk holds what it had written. Deleting twice is no error;
-        a VM that cannot be removed is one.
+        so that its disk holds what it had written; a VM that was kept before, and
+        opened again by ``from_id``, is kept again. Deleting twice is no error; a
+        VM that cannot be removed is one.
         """
         with self._guard:
             self._require_owner("delete it")
-            if self._deleted:
-                return
-            keep = keeps_its_disk(self._config)
-            try:
-                if keep:
-                    self.stop()
-            finally:
-                self._end_machine()
-                if self._state is not VMState.ERROR:
-                    self._state = VMState.STOPPED
-            self._last_console = self.console
-            directory = self._directory
-            if directory is not None:
-                if keep and directory.disk.exists():
-                    self._write_record(keep_disk=True)
-                    directory.release()
-                else:
-                    directory.destroy()
-            self._forget()
-            self._deleted = True
+            if not self._deleted:
+                self._end(self._retained)
+
+    def retain(self, reason: str = "somebody asked for it") -> Path:
+        """End the VM but keep its directory, to be looked at; returns the directory.
+
+        There lie its configuration, disk, console and the commands that were run,
+        beside a ``README.txt``; ``SmolVM.from_id`` boots it again. The guest is asked
+        to write its disk and then ended, within seconds. ``reason`` is for people;
+        that of a VM that was kept before stands.
+        """
+        with self._guard:
+            self._require_owner("keep it")
+            self._check_not_deleted()
+            if self._directory is None:
+                raise SmolVMError(f"the VM {self.vm_id!r} has nothing to keep: it never started")
+            kept = self._directory.path
+            self._end(self._retained or Retained(reason=reason, at=time.time()))
+            return kept
+
+    def _end(self, retained: Retained | None) -> None:
+        switch_off = keeps_its_disk(self._config)
+        try:
+            if switch_off:
+                self.stop()
+            elif retained and self._machine is not None and self._machine.poll() is None:
+                if self._state is VMState.PAUSED:
+                    self._machine.resume()
+                    self._state = VMState.RUNNING
+                power.settle(self.vm_id, self._machine, self._guest)
+        finally:
+            self._end_machine()
+            if self._state is not VMState.ERROR:
+                self._state = VMState.STOPPED
+        self._last_console = self.console
+        directory = self._directory
+        if directory is not None:
+            if retained or (switch_off and directory.disk.exists()):
+                record = self._record()
+                record.retained = retained
+                record.keep_disk = switch_off
+                if not switch_off:
+                    record.base_stat = stat_image(self._config.rootfs_path)
+                directory.keep(record)
+            else:
+                directory.destroy()
+        self._forget()
+        self._deleted = True
 
     def close(self) -> None:
         """Hang up. The VM itself lives on, and the next ``run`` connects anew."""
         with self._guard:
             if self._guest is not None:
                 self._guest.disconnect()
-
-    def pause(self) -> Self:
-        """Freeze the virtual CPUs; time stands still in the guest."""
-        with self._guard:
-            self._live_machine("pause it").pause()
-            self._state = VMState.PAUSED
-            self._write_record()
-            return self
-
-    def resume(self) -> Self:
-        """Let a paused VM go on."""
-        with self._guard:
-            self._live_machine("resume it").resume()
-            self._state = VMState.RUNNING
-            self._write_record()
-            return self
 
     def reboot(self, timeout: float | None = None, *, force: bool = False) -> Self:
         """Reboot on the same disk, and wait until the guest answers again.
@@ -291,105 +311,58 @@ class SmolVM(Inside):
             self._connect(deadline, "while rebooting")
             return self
 
-    # -- outside --------------------------------------------------------------
+    @property
+    def usage(self) -> Usage:
+        """What the VM is used for; shown to people, and written down with it."""
+        return self._usage
 
-    def expose_local(self, guest_port: int, host_port: int | None = None) -> int:
-        """Make the guest's TCP port reachable on 127.0.0.1; returns the port there.
-
-        ``host_port``: exactly that one, or an error; None: any free one.
-        """
-        check_port(guest_port, "guest_port")
-        if host_port is not None:
-            check_port(host_port, "host_port")
+    @usage.setter
+    def usage(self, usage: Usage) -> None:
         with self._guard:
-            return self._live_machine("expose a port of it").forward(guest_port, host_port or 0)
-
-    def unexpose_local(self, host_port: int) -> None:
-        """Take back what ``expose_local`` gave."""
-        with self._guard:
-            self._live_machine("take back a port of it").unforward(host_port)
-
-    def ssh_commands(self) -> dict[str, str]:
-        """Lines to paste into a terminal: ``ssh``, ``copy_to_guest``, ``copy_from_guest``."""
-        access.check_offers_ssh(self._config)
-        self._check_usable(0)
-        key = self._ssh_key_path or library_key_pair(self._store).private_path
-        return access.paste_lines(
-            vm_id=self.vm_id,
-            directory=self._store.vms / self.vm_id,
-            address=self._ssh_address(),
-            user=self._ssh_user,
-            host_key=self._host_key,
-            key_path=key,
-        )
-
-    @property
-    def vm_id(self) -> str:
-        """The id, unique among the VMs of this host."""
-        return self._config.vm_id
-
-    @property
-    def config(self) -> VMConfig:
-        """The configuration, with the constructor's overrides."""
-        return self._config
-
-    @property
-    def status(self) -> VMState:
-        """Where the VM is in its life; a machine that ended by itself is seen here."""
-        if self._machine is not None and self._state in (VMState.RUNNING, VMState.PAUSED):
-            end = self._machine.poll()
-            if end is not None:
-                self._state = VMState.STOPPED if end.by_guest else VMState.ERROR
-        return self._state
-
-    @property
-    def console(self) -> str:
-        """What the guest has written to its console so far, as it came."""
-        text = diagnosis.read_console(self._console_path)
-        return text or self._last_console
-
-    @property
-    def timings(self) -> dict[str, float]:
-        """Seconds of each phase of the last start: disk, launch, boot, ssh."""
-        return dict(self._timings)
-
-    def __repr__(self) -> str:
-        return f"<SmolVM {self.vm_id} {self.status}>"
+            self._usage = usage
+            if self._machine is not None:
+                self._write_record()
 
     # -- within ---------------------------------------------------------------
 
     @property
     def _console_path(self) -> Path:
-        return self._store.vms / self.vm_id / "console.log"
+        return self.directory / "console.log"
 
     def _claim(self) -> None:
         if self._directory is None:
-            self._directory = self._store.claim(self.vm_id)
+            reopen = self._retained is not None
+            self._directory = self._store.claim(self.vm_id, reopen=reopen)
             registry.add(self)
 
     def _forget(self) -> None:
         self._directory = None
         registry.discard(self.vm_id)
 
-    def _write_record(self, keep_disk: bool | None = None) -> None:
-        directory = self._directory
-        if directory is None:
-            return
+    def _write_record(self) -> None:
+        if self._directory is not None:
+            self._directory.write_record(self._record())
+
+    def _record(self) -> VMRecord:
         config = self._config
-        earlier = directory.read_record()
-        if keep_disk is None:
-            # A disk that was kept before stays safe from the sweep until delete().
-            keep_disk = keeps_its_disk(config) or bool(earlier and earlier.keep_disk)
+        earlier = self._directory.read_record() if self._directory is not None else None
         record = new_record(self.vm_id, config.model_dump(mode="json"))
         record.status = self.status
+        record.backend, record.accelerator = self.backend_name, self.accelerator
+        record.timings = self.timings
         record.ssh_user = self._ssh_user
         record.ssh_key_path = str(self._ssh_key_path) if self._ssh_key_path else None
-        record.keep_disk = keep_disk
-        if keep_disk:
+        record.usage = self._usage
+        record.retained = self._retained
+        if earlier is not None:
+            record.base_stat = earlier.base_stat
+        # A disk that was kept before stays safe from the sweep until delete().
+        record.keep_disk = keeps_its_disk(config) or bool(earlier and earlier.keep_disk)
+        if record.keep_disk:
             record.base_fingerprint = fingerprint(config.rootfs_path, self._store.cache)
         if self._machine is not None:
             record.set_machine(self._machine.pid, self._machine.ssh_address)
-        directory.write_record(record)
+        return record
 
     def _check_usable(self, grace_s: float) -> None:
         """Raise unless the machine runs; a dying one gets ``grace_s`` to be seen dead."""
@@ -439,16 +412,16 @@ class SmolVM(Inside):
             self._machine.kill()
             self._machine = None
 
-    def _give_up(self) -> None:
-        """After a failed start: nothing runs, and nothing lies about but a kept disk."""
+    def _give_up(self, *, keep: bool) -> None:
+        """After a failed start: nothing runs, and nothing lies about but what is to be kept."""
         self._end_machine()
         self._state = VMState.ERROR
         self._last_console = self.console
         directory = self._directory
-        if directory is None:
+        if directory is None or keep:
             return
         record = directory.read_record()
-        if record is not None and record.keep_disk and directory.disk.exists():
+        if record is not None and record.is_kept:
             directory.release()
         else:
             directory.destroy()
@@ -461,11 +434,13 @@ class JoinedVM(SmolVM):
     def __init__(self, store: Store, record: VMRecord) -> None:
         key_path = Path(record.ssh_key_path) if record.ssh_key_path else None
         self._prepare(VMConfig.model_validate(record.config), store, record.ssh_user, key_path)
-        self._record = record
+        self._found = record
         if record.ssh_host and record.ssh_port and self._config.offers_ssh:
             login = access.prepare_login(self._config, self._ssh_user, self._ssh_key_path, store)
             self._host_key = login.host_key
-            self._guest = Guest((record.ssh_host, record.ssh_port), login, self._check_usable)
+            self._guest = Guest(
+                (record.ssh_host, record.ssh_port), login, self._check_usable, Journal(None)
+            )
 
     @property
     def status(self) -> VMState:
@@ -473,9 +448,9 @@ class JoinedVM(SmolVM):
         return record.status if record else VMState.STOPPED
 
     def _ssh_address(self) -> tuple[str, int]:
-        if not (self._record.ssh_host and self._record.ssh_port):
+        if not (self._found.ssh_host and self._found.ssh_port):
             raise SmolVMError(f"the VM {self.vm_id!r} has not booted yet")
-        return self._record.ssh_host, self._record.ssh_port
+        return self._found.ssh_host, self._found.ssh_port
 
     def _check_usable(self, grace_s: float) -> None:
         del grace_s  # it is the owner who sees the machine die
@@ -484,9 +459,9 @@ class JoinedVM(SmolVM):
 
     def _require_owner(self, what: str) -> None:
         raise SmolVMError(
-            f"the VM {self.vm_id!r} belongs to process {self._record.owner_pid}: only that "
+            f"the VM {self.vm_id!r} belongs to process {self._found.owner_pid}: only that "
             f"process may {what}",
-            {"owner_pid": self._record.owner_pid},
+            {"owner_pid": self._found.owner_pid},
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pytest_smolvm.config import VMConfig
 from pytest_smolvm.disks import Disk, create_overlay, fingerprint, reopen_overlay, shared_disk
 from pytest_smolvm.errors import ImageError, SmolVMError
@@ -30,6 +32,12 @@ def prepare_disk(config: VMConfig, directory: VMDirectory, store: Store) -> Disk
     return create_overlay(config.rootfs_path, directory.disk)
 
 
+def stat_image(path: Path) -> list[int]:
+    """Size and time of the last change (ns): quick to compare, where a hash would take long."""
+    facts = path.stat()
+    return [facts.st_size, facts.st_mtime_ns]
+
+
 def keeps_its_disk(config: VMConfig) -> bool:
     """Whether the configuration asks for the disk to be kept after ``delete()``."""
     return config.retain_disk_on_delete and config.disk_mode == "isolated"
@@ -37,6 +45,13 @@ def keeps_its_disk(config: VMConfig) -> bool:
 
 def _check_base(config: VMConfig, directory: VMDirectory, store: Store) -> None:
     record = directory.read_record()
+    if record and record.base_stat and record.base_stat != stat_image(config.rootfs_path):
+        raise ImageError(
+            f"the disk kept of the VM {config.vm_id!r} was made over {config.rootfs_path} as it "
+            f"was then; that file has changed since, so the disk cannot be used. Put the image "
+            f"back, or remove what was kept: rm -r {directory.path}",
+            {"vm_id": config.vm_id},
+        )
     known = record.base_fingerprint if record else None
     if known is None:
         return  # stopped and started again by one and the same owner

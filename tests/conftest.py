@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pytest_smolvm import SSH_BOOT_ARGS, ImageBuilder, SmolVM, VMConfig
-from pytest_smolvm.store import default_state_dir
+from pytest_smolvm.statedir import default_state_dir
 
 _shared_state = default_state_dir()
 

@@ -11,12 +11,11 @@ from pytest_smolvm.backends.firecracker import refuse_firecracker
 from pytest_smolvm.backends.qemu import QemuBackend
 from pytest_smolvm.backends.qemu_args import ARCHITECTURES, Architecture, host_machine
 from pytest_smolvm.errors import BackendError
+from pytest_smolvm.limits import ACCELERATORS
 from pytest_smolvm.process import ToolError, find_tool
 from pytest_smolvm.store import Store
 
 logger = logging.getLogger(__name__)
-
-ACCELERATORS = ("auto", "kvm", "hvf", "tcg")
 
 
 def host_architecture() -> Architecture:
@@ -67,7 +66,7 @@ def choose(store: Store, backend: str | None = None, accelerator: str = "auto") 
         report = report_accelerator(name, store, qemu, architecture)
         if report.usable:
             logger.debug("accelerator %s%s", name, "".join(f"; {reason}" for reason in reasons))
-            return QemuBackend(qemu, architecture, name)
+            return QemuBackend(qemu, architecture, name, tuple(reasons))
         reasons.append(f"not {name}: {report.reason}")
     raise BackendError(
         f"the accelerator {accelerator!r} cannot be used here: {'; '.join(reasons)}. "

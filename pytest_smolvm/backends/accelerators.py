@@ -21,7 +21,8 @@ from pathlib import Path
 
 from pytest_smolvm.backends.qemu_args import Architecture, host_machine
 from pytest_smolvm.process import run_to_end
-from pytest_smolvm.store import Store, make_private_dir, read_json, write_json
+from pytest_smolvm.statedir import make_private_dir, read_json, write_json
+from pytest_smolvm.store import Store
 
 PROBE_TIMEOUT_S = 0.8
 _KVM = Path("/dev/kvm")

@@ -107,6 +107,13 @@ class Machine(Protocol):
 
     def unforward(self, host_port: int) -> None: ...
 
+    def quit(self, timeout_s: float) -> None:
+        """End it without asking the guest, once what that wrote is in the disk's file.
+
+        One that has not ended within ``timeout_s`` seconds runs on.
+        """
+        ...
+
     def kill(self) -> None:
         """End it now. The guest loses what it had not written to its disk."""
         ...
@@ -117,6 +124,12 @@ class Backend(Protocol):
 
     name: str
     accelerator: str
+    why_not: tuple[str, ...]
+    """Why it is not on a quicker accelerator; empty: there is none quicker."""
+
+    def version(self) -> str:
+        """The emulator's version, such as ``7.2.22``; empty: it cannot be had."""
+        ...
 
     def launch(self, spec: MachineSpec, deadline: Deadline) -> Machine:
         """Start a machine; it boots on while this returns. Raises ``BackendError``."""

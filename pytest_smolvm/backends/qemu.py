@@ -14,8 +14,8 @@ from pytest_smolvm.backends.qemu_args import (
     qemu_argv,
 )
 from pytest_smolvm.backends.qmp import Monitor
-from pytest_smolvm.errors import BackendError, SmolVMError
-from pytest_smolvm.process import Deadline, MachineProcess
+from pytest_smolvm.errors import BackendError, OperationTimeoutError, SmolVMError
+from pytest_smolvm.process import Deadline, MachineProcess, ToolError, run_tool
 from pytest_smolvm.usernet import GUEST_ADDRESS
 
 logger = logging.getLogger(__name__)
@@ -28,10 +28,26 @@ class QemuBackend:
 
     name = "qemu"
 
-    def __init__(self, binary: str, architecture: Architecture, accelerator: str) -> None:
+    def __init__(
+        self,
+        binary: str,
+        architecture: Architecture,
+        accelerator: str,
+        why_not: tuple[str, ...] = (),
+    ) -> None:
         self.binary = binary
         self.architecture = architecture
         self.accelerator = accelerator
+        self.why_not = why_not
+
+    def version(self) -> str:
+        try:
+            text = run_tool([self.binary, "--version"], timeout_s=10)
+        except ToolError as error:
+            logger.debug("%s", error)
+            return ""
+        found = re.search(r"version (\d[\w.]*)", text)
+        return found[1] if found else ""
 
     def launch(self, spec: MachineSpec, deadline: Deadline) -> QemuMachine:
         """Start QEMU and greet it; the guest boots on while this returns."""
@@ -200,6 +216,15 @@ class QemuMachine:
     def _host_forwards(self) -> list[tuple[int, int]]:
         text = self._monitor.human("info usernet")
         return [(int(host), int(guest)) for host, guest in _FORWARD.findall(text)]
+
+    def quit(self, timeout_s: float) -> None:
+        deadline = Deadline(timeout_s)
+        try:
+            self._monitor.execute("quit", timeout_s=timeout_s)
+        except (BackendError, OperationTimeoutError) as error:
+            # It may be gone before it has answered.
+            logger.debug("asked to quit: %s", error)
+        self._process.wait(deadline.remaining_s())
 
     def kill(self) -> None:
         self._process.kill()

@@ -17,12 +17,13 @@ from pytest_smolvm.errors import ImageError
 from pytest_smolvm.images.debian import Progress
 from pytest_smolvm.images.micro import MicroRecipe
 from pytest_smolvm.keys import check_public_key, library_key_pair
+from pytest_smolvm.limits import DEFAULT_IMAGE
 from pytest_smolvm.process import Deadline, ToolError
-from pytest_smolvm.store import Store, default_state_dir, locked, make_private_dir
+from pytest_smolvm.statedir import default_state_dir, locked, make_private_dir
+from pytest_smolvm.store import Store
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_IMAGE = "micro"
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 _BUILD_TIMEOUT_S = 1800
 _LEFTOVER_TIMEOUT_S = 10

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pytest_smolvm.errors import ImageError
 from pytest_smolvm.process import ToolError, find_tool, run_tool
-from pytest_smolvm.store import make_private_dir, read_json, write_json
+from pytest_smolvm.statedir import make_private_dir, read_json, write_json
 
 _HOST_LISTS = Path("/var/lib/apt/lists")
 _HOST_SOURCES = Path("/etc/apt")

@@ -15,7 +15,7 @@ from pytest_smolvm.disks import image_format
 from pytest_smolvm.errors import ImageError
 from pytest_smolvm.images import ext4
 from pytest_smolvm.process import ToolError
-from pytest_smolvm.store import write_atomically
+from pytest_smolvm.statedir import write_atomically
 
 HOST_KEY_IN_IMAGE = "/etc/smolvm/host_key.pub"
 

@@ -80,7 +80,7 @@ def _build_config(wanted: dict[str, Any], images: ImageBuilder) -> VMConfig:
     from pydantic import ValidationError
 
     from pytest_smolvm.config import SSH_BOOT_ARGS, VMConfig
-    from pytest_smolvm.images.builder import DEFAULT_IMAGE
+    from pytest_smolvm.limits import DEFAULT_IMAGE
 
     image = wanted.pop("image", DEFAULT_IMAGE)
     wanted.setdefault("boot_args", SSH_BOOT_ARGS)

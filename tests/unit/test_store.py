@@ -7,21 +7,22 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from pytest_smolvm import SmolVMError, VMAlreadyExistsError
-from pytest_smolvm.store import (
-    Store,
+from pytest_smolvm import SmolVMError, VMAlreadyExistsError, VMNotFoundError
+from pytest_smolvm.process import ProcessIdentity
+from pytest_smolvm.records import Retained, Usage, new_record, read_record
+from pytest_smolvm.statedir import (
     default_state_dir,
     locked,
     make_private_dir,
-    new_record,
     read_json,
-    shared_store,
     write_atomically,
 )
+from pytest_smolvm.store import Store, shared_store
 
 
 @pytest.fixture
@@ -102,7 +103,9 @@ def test_a_new_owner_finds_a_kept_disk_and_nothing_else(store: Store) -> None:
 
 def test_what_an_owner_killed_with_signal_9_left_is_swept(store: Store) -> None:
     script = (
-        "import sys, pathlib; from pytest_smolvm.store import Store, new_record\n"
+        "import sys, pathlib\n"
+        "from pytest_smolvm.records import new_record\n"
+        "from pytest_smolvm.store import Store\n"
         "d = Store(pathlib.Path(sys.argv[1])).claim('vm-1')\n"
         "d.write_record(new_record('vm-1', {})); print('claimed', flush=True); sys.stdin.read()\n"
     )
@@ -163,3 +166,79 @@ def test_a_broken_cache_file_is_no_error(tmp_path: Path) -> None:
     assert read_json(tmp_path / "none") is None
     (tmp_path / "broken").write_text('{"half": ')
     assert read_json(tmp_path / "broken") is None
+
+
+def keep(store: Store, vm_id: str, **usage: object) -> Path:
+    directory = store.claim(vm_id)
+    directory.disk.write_bytes(b"disk" * 5000)
+    record = new_record(vm_id, {"mem_size_mib": 256})
+    record.usage = Usage.model_validate(usage)
+    record.retained = Retained(reason="a test", at=time.time())
+    directory.keep(record)
+    return directory.path
+
+
+def test_what_was_kept_to_be_looked_at_is_never_swept(store: Store) -> None:
+    path = keep(store, "vm-1")
+    assert store.sweep() == []
+    assert "a test" in (path / "README.txt").read_text()
+
+
+def test_only_what_was_kept_is_removed_on_request(store: Store) -> None:
+    path = keep(store, "vm-1")
+    store.remove("vm-1")
+    assert not path.exists()
+    owned = store.claim("vm-2")
+    with pytest.raises(VMAlreadyExistsError, match="when that has ended"):
+        store.remove("vm-2")
+    owned.destroy()
+    for wrong in ("vm-3", "", "..", "../vms", "a/b"):
+        with pytest.raises(VMNotFoundError, match="there are none"):
+            store.remove(wrong)
+
+
+def test_a_disk_can_be_dropped_and_the_rest_says_so(store: Store) -> None:
+    path = keep(store, "vm-1")
+    store.drop_disk("vm-1", "the budget is spent")
+    assert not (path / "disk.qcow2").exists()
+    assert "the budget is spent" in (path / "README.txt").read_text()
+
+
+def test_a_disk_that_was_asked_for_is_never_dropped(store: Store) -> None:
+    path = keep(store, "vm-1")
+    record = read_record(path)
+    assert record is not None
+    record.keep_disk = True
+    directory = store.claim("vm-1", reopen=True)
+    directory.keep(record)
+    store.drop_disk("vm-1", "the budget is spent")
+    assert (path / "disk.qcow2").exists()
+
+
+def test_what_a_dead_owner_left_waits_for_its_heir(store: Store) -> None:
+    heir = ProcessIdentity.of(os.getpid())
+    assert heir is not None
+    usage = Usage(heir_pid=heir.pid, heir_start_ticks=heir.start_ticks, test="test_a")
+    for vm_id, left_to in (("vm-1", usage), ("vm-2", Usage())):
+        directory = store.claim(vm_id)
+        record = new_record(vm_id, {})
+        record.usage = left_to
+        directory.write_record(record)
+        directory.release()
+    assert store.sweep() == ["vm-2"]
+    stranger = ProcessIdentity(heir.pid, heir.start_ticks + 1)
+    assert store.adopt(stranger) == []
+    (adopted,) = store.adopt(heir)
+    assert adopted.vm_id == "vm-1"
+    assert "died" in (store.vms / "vm-1" / "README.txt").read_text()
+    assert store.adopt(heir) == []
+    assert store.sweep() == []
+
+
+def test_what_a_dead_owner_left_to_a_dead_heir_is_swept(store: Store) -> None:
+    directory = store.claim("vm-1")
+    record = new_record("vm-1", {})
+    record.usage = Usage(heir_pid=os.getpid(), heir_start_ticks=1)
+    directory.write_record(record)
+    directory.release()
+    assert store.sweep() == ["vm-1"]

@@ -1,0 +1,113 @@
+"""The state directory's place, and files in it that are whole and private."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from filelock import FileLock, Timeout
+
+from pytest_smolvm.errors import OperationTimeoutError, SmolVMError
+
+STATE_DIR_VARIABLE = "SMOLVM_STATE_DIR"
+
+
+def platform_state_dir() -> Path:
+    """``pytest-smolvm`` in the platform's user state directory."""
+    return platformdirs.user_state_path("pytest-smolvm")
+
+
+def default_state_dir() -> Path:
+    """``SMOLVM_STATE_DIR``, or the platform's."""
+    given = os.environ.get(STATE_DIR_VARIABLE)
+    return Path(given).expanduser().absolute() if given else platform_state_dir()
+
+
+def make_private_dir(path: Path) -> Path:
+    """Make the directory and its parents, each 0700 if it is new; errors say what to do."""
+    try:
+        # mkdir(parents=True) would make the parents with the default mode.
+        for folder in (*reversed(path.parents), path):
+            if not folder.is_dir():
+                folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise SmolVMError(
+            f"the directory {path} cannot be made: {error.strerror}; set SMOLVM_STATE_DIR to a "
+            "directory that you can write to",
+            {"path": str(path)},
+        ) from error
+    return path
+
+
+def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Write a file that is there whole or not at all, whatever interrupts."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SmolVMError(f"{path} cannot be written: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def locked(
+    path: Path,
+    *,
+    operation: str,
+    timeout_s: float,
+    on_wait: Callable[[], object] = lambda: None,
+) -> Iterator[None]:
+    """Hold the lock file ``path``; waiting longer than ``timeout_s`` is an error.
+
+    ``on_wait`` is called if another holds it, before the wait.
+    """
+    lock = FileLock(path, mode=0o600)
+    try:
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            on_wait()
+            lock.acquire(timeout=timeout_s, poll_interval=0.02)
+    except Timeout:
+        raise OperationTimeoutError(
+            operation, timeout_s, f"another process holds {path}; see: fuser -v {path}"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory with all it holds; one that is gone is no error."""
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise SmolVMError(
+            f"{path} cannot be removed: {error.strerror}; remove it by hand: rm -r {path}",
+            {"path": str(path)},
+        ) from error
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in a cache file; None when it is missing or broken (a cache may be either)."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a cache file for ``read_json``."""
+    write_atomically(path, json.dumps(value).encode())
