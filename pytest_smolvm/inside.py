@@ -32,6 +32,13 @@ class Inside(ABC):
         self._live_guest().connect(Deadline(timeout))
         return self
 
+    def answers(self, timeout: float = 10.0) -> bool:
+        """Whether the guest runs a command within ``timeout`` seconds."""
+        try:
+            return self._live_guest().ask("true", timeout).ok
+        except SmolVMError:
+            return False
+
     def run(
         self,
         command: str | Sequence[str],

@@ -30,6 +30,7 @@ class Outside(ABC):
     _ssh_key_path: Path | None
     _host_key: str
     _last_console: str
+    _deleted: bool
     _timings: dict[str, float]
     _guard: threading.RLock
 
@@ -109,6 +110,16 @@ class Outside(ABC):
     def directory(self) -> Path:
         """Where its files lie on this host, for as long as it is not deleted."""
         return self._store.vms / self.vm_id
+
+    @property
+    def state_dir(self) -> Path:
+        """The state directory that it belongs to."""
+        return self._store.root
+
+    @property
+    def deleted(self) -> bool:
+        """Whether its life is over: ``delete()`` or ``retain()`` ended it."""
+        return self._deleted
 
     @property
     def backend_name(self) -> str:

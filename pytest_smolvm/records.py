@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pytest_smolvm.process import ProcessIdentity
+from pytest_smolvm.identity import ProcessIdentity
 
 RECORD_NAME = "vm.json"
 

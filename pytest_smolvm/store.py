@@ -28,8 +28,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from pytest_smolvm.errors import SmolVMError, VMAlreadyExistsError, VMNotFoundError
+from pytest_smolvm.identity import ProcessIdentity
 from pytest_smolvm.keepsake import README_NAME, readme
-from pytest_smolvm.process import ProcessIdentity
 from pytest_smolvm.records import (
     RECORD_NAME,
     Retained,

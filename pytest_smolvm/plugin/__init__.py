@@ -6,21 +6,30 @@ loaded by the first test that asks for a VM.
 
 from __future__ import annotations
 
+import pytest
+
+from pytest_smolvm.plugin import hookspecs
 from pytest_smolvm.plugin.fixtures import (
     smolvm,
     smolvm_config,
     smolvm_factory,
     smolvm_images,
+    smolvm_session,
 )
-from pytest_smolvm.plugin.options import pytest_addoption, pytest_configure
-from pytest_smolvm.plugin.reporting import pytest_runtest_makereport
 
 __all__ = [
-    "pytest_addoption",
-    "pytest_configure",
-    "pytest_runtest_makereport",
     "smolvm",
     "smolvm_config",
     "smolvm_factory",
     "smolvm_images",
+    "smolvm_session",
 ]
+
+pytest_plugins = [
+    f"pytest_smolvm.plugin.{part}"
+    for part in ("options", "settings", "hooks", "summary", "debugging", "distribution")
+]
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.add_hookspecs(hookspecs)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_smolvm.plugin.options import MARKER_ONLY, marker_arguments, settings
-from pytest_smolvm.plugin.reporting import remember_vm, show_progress
+from pytest_smolvm.plugin.progress import show_progress
+from pytest_smolvm.plugin.session import fleet_of
+from pytest_smolvm.plugin.settings import settings_of
+from pytest_smolvm.plugin.wanted import (
+    Wanted,
+    WrongMarkerError,
+    apply,
+    from_settings,
+    wanted_by,
+)
 
 if TYPE_CHECKING:
     from pytest_smolvm import ImageBuilder, SmolVM, VMConfig
@@ -26,70 +33,85 @@ def smolvm_images(pytestconfig: pytest.Config) -> ImageBuilder:
 @pytest.fixture
 def smolvm_config(request: pytest.FixtureRequest, smolvm_images: ImageBuilder) -> VMConfig:
     """The VMConfig that the test's VM is about to get; override it to change it."""
-    wanted = {**settings(request.config), **_marker(request.node)}
-    wanted.pop("boot_timeout", None)
-    return _build_config(wanted, smolvm_images)
+    return _configure(request.node, _wanted(request), smolvm_images, request.config)
 
 
 @pytest.fixture
-def smolvm(request: pytest.FixtureRequest, smolvm_config: VMConfig) -> Iterator[SmolVM]:
-    """A virtual machine of the test's own, booted; see @pytest.mark.smolvm."""
-    with _running(request.node, smolvm_config) as vm:
-        yield vm
+def smolvm(request: pytest.FixtureRequest, smolvm_config: VMConfig) -> SmolVM:
+    """A virtual machine, booted: the test's own, or its scope's; see @pytest.mark.smolvm."""
+    return fleet_of(request.config).lease(request.node, smolvm_config, _wanted(request))
 
 
 @pytest.fixture
 def smolvm_factory(
-    request: pytest.FixtureRequest, smolvm_config: VMConfig
-) -> Iterator[Callable[..., SmolVM]]:
+    request: pytest.FixtureRequest, smolvm_config: VMConfig, smolvm_images: ImageBuilder
+) -> Callable[..., SmolVM]:
     """smolvm_factory(**overrides): one more booted VM; all of them end with the test."""
     from pytest_smolvm.config import VMConfig, generate_vm_id
+    from pytest_smolvm.errors import SmolVMError
 
-    with contextlib.ExitStack() as running:
+    asked_for = _wanted(request)
 
-        def make(**overrides: Any) -> SmolVM:
-            fields = {**smolvm_config.model_dump(), "vm_id": generate_vm_id(), **overrides}
-            return running.enter_context(_running(request.node, VMConfig.model_validate(fields)))
+    def make(**overrides: Any) -> SmolVM:
+        base = {**smolvm_config.model_dump(), "vm_id": generate_vm_id()}
+        if "image" in overrides:
+            for name in ("kernel_path", "rootfs_path", "initrd_path"):
+                base.pop(name)
+        try:
+            wanted = apply(overrides, asked_for, "smolvm_factory")
+        except WrongMarkerError as error:
+            raise SmolVMError(str(error)) from None
+        fields = {**base, **{key: wanted.config_fields[key] for key in overrides if key in base}}
+        if "image" in overrides:
+            fields["kernel_path"], fields["rootfs_path"] = smolvm_images.build(wanted.image)
+            fields |= {key: overrides[key] for key in overrides if key.endswith("_path")}
+        config = VMConfig.model_validate(fields)
+        return fleet_of(request.config).lease(request.node, config, wanted, shared=False)
 
-        yield make
+    return make
 
 
-@contextlib.contextmanager
-def _running(item: pytest.Item, config: VMConfig) -> Iterator[SmolVM]:
-    from pytest_smolvm.vm import SmolVM
+@pytest.fixture(scope="session")
+def smolvm_session(request: pytest.FixtureRequest, smolvm_images: ImageBuilder) -> SmolVM:
+    """One virtual machine for the whole session (of each xdist worker), by the options alone."""
+    wanted = from_settings(settings_of(request.config))
+    config = _configure(request.session, wanted, smolvm_images, request.config)
+    return fleet_of(request.config).lease_for_session(request.session, config, wanted)
 
-    vm = SmolVM(config)
+
+def _wanted(request: pytest.FixtureRequest) -> Wanted:
     try:
-        vm.start(boot_timeout=_marker(item).get("boot_timeout"))
-        remember_vm(item, vm)
-        yield vm
-    finally:
-        vm.delete()
+        return wanted_by(request.node, settings_of(request.config))
+    except WrongMarkerError as error:
+        problem = str(error)
+    pytest.fail(problem, pytrace=False)
 
 
-def _marker(item: pytest.Item) -> dict[str, Any]:
-    from pytest_smolvm.config import VMConfig
-
-    arguments, problem = marker_arguments(item, {*VMConfig.model_fields, *MARKER_ONLY})
-    if problem:
-        pytest.fail(problem, pytrace=False)
-    return arguments
-
-
-def _build_config(wanted: dict[str, Any], images: ImageBuilder) -> VMConfig:
+def _configure(
+    item: pytest.Item | pytest.Session,
+    wanted: Wanted,
+    images: ImageBuilder,
+    config: pytest.Config,
+) -> VMConfig:
+    """The VMConfig of what is wanted, as the hook leaves it."""
     from pydantic import ValidationError
 
     from pytest_smolvm.config import SSH_BOOT_ARGS, VMConfig
-    from pytest_smolvm.limits import DEFAULT_IMAGE
+    from pytest_smolvm.errors import SmolVMError
 
-    image = wanted.pop("image", DEFAULT_IMAGE)
-    wanted.setdefault("boot_args", SSH_BOOT_ARGS)
-    if "kernel_path" not in wanted or "rootfs_path" not in wanted:
-        kernel, rootfs = images.build(image)
-        wanted.setdefault("kernel_path", kernel)
-        wanted.setdefault("rootfs_path", rootfs)
+    fields = {"boot_args": SSH_BOOT_ARGS, **wanted.config_fields}
+    if "kernel_path" not in fields or "rootfs_path" not in fields:
+        kernel, rootfs = images.build(wanted.image)
+        fields = {"kernel_path": kernel, "rootfs_path": rootfs, **fields}
     try:
-        return VMConfig(**wanted)
+        made = VMConfig(**fields)
     except ValidationError as error:
         problem = f"the VM of this test is not valid:\n{error}"
+    else:
+        changed = config.hook.pytest_smolvm_config(item=item, config=made)
+        if changed is not None and not isinstance(changed, VMConfig):
+            raise SmolVMError(
+                f"a pytest_smolvm_config hook returned {changed!r}: return a VMConfig, or None"
+            )
+        return made if changed is None else changed
     pytest.fail(problem, pytrace=False)

@@ -1,4 +1,4 @@
-"""Options: command line, ini and marker, and the one rule by which they meet.
+"""Every option, in one table; its text for the command line, for ini files and for readers.
 
 The nearest wins: marker (function, then class, then module), then command
 line, then ini, then the default.
@@ -13,35 +13,74 @@ from typing import Any
 
 import pytest
 
-BACKENDS = ("auto", "qemu", "firecracker")
-NETWORKS = ("isolated", "nat")
-DISK_MODES = ("isolated", "shared")
-
-MARKER_LINE = (
-    "smolvm(**kwargs): change the VM that the test gets: any field of VMConfig "
-    "(vcpu_count, mem_size_mib, env_vars, ...), image, boot_timeout"
+from pytest_smolvm.limits import (
+    ACCELERATORS,
+    BACKENDS,
+    DEFAULT_IMAGE,
+    DEFAULT_MEM_SIZE_MIB,
+    DEFAULT_VCPU_COUNT,
+    DISK_MODES,
+    IMAGES,
+    MEM_SIZE_MIB,
+    NETWORKS,
+    VCPU_COUNT,
 )
 
-MARKER_ONLY = ("image", "boot_timeout")
-"""What the marker takes beside the fields of ``VMConfig``."""
+SCOPES = ("function", "class", "module", "session")
+POLICIES = ("all", "failed", "none")
+
+# Ini files have known numbers since pytest 8.4; before that they are text.
+_NUMBERS_KNOWN = pytest.version_tuple >= (8, 4)
 
 
 @dataclass(frozen=True)
 class Option:
-    """One setting. ``field`` is the name it has in the marker and in ``VMConfig``."""
+    """One setting. ``name`` is what it is called in the marker and in ``VMConfig``."""
 
-    field: str
-    ini: str
+    name: str
     help: str
+    default: str
+    """What holds when it is not given, in words."""
+    ini: str | None = None
     flag: str | None = None
     metavar: str | None = None
     choices: tuple[str, ...] | None = None
     ini_type: Any = "string"
     convert: Callable[[Any], Any] = str
+    in_marker: bool = True
+    is_config_field: bool = False
+    """Whether it is a field of ``VMConfig``."""
+    switch_off: bool = False
+    """Whether the flag takes no value, and means False."""
+
+    @property
+    def destination(self) -> str:
+        return f"smolvm_{self.name}"
 
 
-def _whole_number(text: Any) -> int:
-    return int(str(text).strip())
+def _number_within(lowest: float, highest: float, unit: str = "") -> Callable[[Any], int]:
+    def convert(text: Any) -> int:
+        try:
+            number = int(str(text).strip())
+        except ValueError:
+            raise ValueError("give a whole number") from None
+        if not lowest <= number <= highest:
+            upper = "" if highest == float("inf") else f" to {highest:g}"
+            raise ValueError(f"give {lowest:g}{upper or ' or more'}{unit}")
+        return number
+
+    return convert
+
+
+def seconds(value: Any) -> float:
+    """A number of seconds above 0; else ``ValueError``."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.0
+    if isinstance(value, bool) or not 0 < number < float("inf"):
+        raise ValueError("give seconds, more than 0")
+    return number
 
 
 def _variables(lines: list[str]) -> dict[str, str]:
@@ -54,149 +93,241 @@ def _variables(lines: list[str]) -> dict[str, str]:
     return variables
 
 
+def _number_type(name: str) -> Any:
+    return name if _NUMBERS_KNOWN else "string"
+
+
+_ANY = float("inf")
+
 OPTIONS = (
     Option(
         "backend",
-        "smolvm_backend",
-        "what runs the VMs (default: auto)",
+        "what runs the VMs",
+        "auto",
+        ini="smolvm_backend",
         flag="--smolvm-backend",
         choices=BACKENDS,
+        is_config_field=True,
+    ),
+    Option(
+        "accel",
+        "what the backend runs guests with; auto: the quickest that really runs one",
+        "auto",
+        ini="smolvm_accel",
+        flag="--smolvm-accel",
+        choices=ACCELERATORS,
+        in_marker=False,
     ),
     Option(
         "image",
-        "smolvm_image",
-        "the image that VMs boot from (default: micro)",
+        "the image that VMs boot from",
+        DEFAULT_IMAGE,
+        ini="smolvm_image",
         flag="--smolvm-image",
         metavar="NAME",
+        choices=IMAGES,
     ),
     Option(
         "kernel_path",
-        "smolvm_kernel_path",
         "the kernel to boot, instead of the image's",
+        "the image's",
+        ini="smolvm_kernel_path",
         flag="--smolvm-kernel",
         metavar="PATH",
         convert=Path,
+        is_config_field=True,
     ),
     Option(
         "rootfs_path",
-        "smolvm_rootfs_path",
         "the root disk to boot from, instead of the image's",
+        "the image's",
+        ini="smolvm_rootfs_path",
         flag="--smolvm-rootfs",
         metavar="PATH",
         convert=Path,
+        is_config_field=True,
     ),
     Option(
         "initrd_path",
-        "smolvm_initrd_path",
-        "the initial RAM disk (default: <kernel>.initrd, if there is one)",
+        "the initial RAM disk",
+        "<kernel>.initrd, if there is one",
+        ini="smolvm_initrd_path",
         flag="--smolvm-initrd",
         metavar="PATH",
         convert=Path,
+        is_config_field=True,
+    ),
+    Option(
+        "scope",
+        "which tests share a VM, if they want the same one: those of a function (that is: "
+        "none), a class, a module, the session",
+        "function",
+        ini="smolvm_scope",
+        flag="--smolvm-scope",
+        choices=SCOPES,
+    ),
+    Option(
+        "retain",
+        "whose VMs are kept to be looked at: of all tests, of failed ones, of none",
+        "failed",
+        ini="smolvm_retention_policy",
+        flag="--smolvm-retain",
+        choices=POLICIES,
+    ),
+    Option(
+        "retention_count",
+        "of how many sessions of this project VMs are kept",
+        "3",
+        ini="smolvm_retention_count",
+        ini_type=_number_type("int"),
+        convert=_number_within(0, _ANY),
+        in_marker=False,
+    ),
+    Option(
+        "retention_max_mib",
+        "how much disk the kept VMs of this project may take, in MiB",
+        "4096",
+        ini="smolvm_retention_max_mib",
+        ini_type=_number_type("int"),
+        convert=_number_within(0, _ANY, " MiB"),
+        in_marker=False,
     ),
     Option(
         "network",
-        "smolvm_network",
-        "whether guests may go out (default: isolated)",
+        "whether guests may go out",
+        "isolated",
+        ini="smolvm_network",
         flag="--smolvm-network",
         choices=NETWORKS,
+        is_config_field=True,
     ),
-    Option("vcpu_count", "smolvm_vcpu_count", "virtual CPUs per VM", convert=_whole_number),
-    Option("mem_size_mib", "smolvm_mem_size_mib", "memory per VM, in MiB", convert=_whole_number),
-    Option("boot_args", "smolvm_boot_args", "kernel boot arguments (default: SSH_BOOT_ARGS)"),
+    Option(
+        "restore",
+        "whether a VM may be restored from one that was booted before (it has no effect yet: "
+        "every VM is booted)",
+        "true",
+        ini="smolvm_restore",
+        flag="--smolvm-no-restore",
+        ini_type="bool",
+        convert=bool,
+        switch_off=True,
+    ),
+    Option(
+        "prefetch",
+        "how many VMs are made ready ahead of their tests (it has no effect yet: none are)",
+        "1",
+        ini="smolvm_prefetch",
+        flag="--smolvm-prefetch",
+        metavar="N",
+        ini_type=_number_type("int"),
+        convert=_number_within(0, 64),
+        in_marker=False,
+    ),
+    Option(
+        "boot_timeout",
+        "seconds that a VM may take until it lets us in",
+        "60; 180 where guests are emulated",
+        ini="smolvm_boot_timeout",
+        flag="--smolvm-boot-timeout",
+        metavar="S",
+        ini_type=_number_type("float"),
+        convert=seconds,
+    ),
+    Option(
+        "state_dir",
+        "where images, keys and the VMs' files lie",
+        "$SMOLVM_STATE_DIR, or where the platform keeps state",
+        ini="smolvm_state_dir",
+        flag="--smolvm-state-dir",
+        metavar="DIR",
+        convert=Path,
+        in_marker=False,
+    ),
+    Option(
+        "vcpu_count",
+        f"virtual CPUs per VM, {VCPU_COUNT[0]} to {VCPU_COUNT[1]}",
+        str(DEFAULT_VCPU_COUNT),
+        ini="smolvm_vcpu_count",
+        ini_type=_number_type("int"),
+        convert=_number_within(*VCPU_COUNT),
+        is_config_field=True,
+    ),
+    Option(
+        "mem_size_mib",
+        f"memory per VM in MiB, {MEM_SIZE_MIB[0]} to {MEM_SIZE_MIB[1]}",
+        str(DEFAULT_MEM_SIZE_MIB),
+        ini="smolvm_mem_size_mib",
+        ini_type=_number_type("int"),
+        convert=_number_within(*MEM_SIZE_MIB, " MiB"),
+        is_config_field=True,
+    ),
+    Option(
+        "boot_args",
+        "kernel boot arguments",
+        "SSH_BOOT_ARGS",
+        ini="smolvm_boot_args",
+        is_config_field=True,
+    ),
     Option(
         "disk_mode",
-        "smolvm_disk_mode",
-        "isolated: a disk per VM; shared: the image itself, read-only (default: isolated)",
+        "isolated: a disk per VM; shared: the image itself, read-only",
+        "isolated",
+        ini="smolvm_disk_mode",
         choices=DISK_MODES,
+        is_config_field=True,
     ),
     Option(
         "env_vars",
-        "smolvm_env_vars",
         "environment variables for the guests, one KEY=value per line",
+        "none",
+        ini="smolvm_env_vars",
         ini_type="linelist",
         convert=_variables,
+        is_config_field=True,
+    ),
+    Option(
+        "vm_id",
+        "the VM's id, unique on this host",
+        "vm- and 8 hexadecimal digits",
+        is_config_field=True,
+    ),
+    Option(
+        "retain_disk_on_delete",
+        "whether the disk stays, whatever the policy, for a later VM of that vm_id",
+        "false",
+        is_config_field=True,
+    ),
+    Option(
+        "prepare",
+        "a function of the VM, or a list of commands, run after each boot, before the first test",
+        "nothing",
     ),
 )
+
+MARKER_ARGUMENTS = tuple(sorted(option.name for option in OPTIONS if option.in_marker))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("smolvm", "virtual machines (pytest-smolvm)")
     for option in OPTIONS:
-        if option.flag:
+        help_text = f"{option.help} (default: {option.default})".replace("%", "%%")
+        if option.flag and option.switch_off:
             group.addoption(
                 option.flag,
-                dest=_destination(option),
+                dest=option.destination,
+                default=None,
+                action="store_const",
+                const=False,
+                help="boot every VM; do not restore any (it has no effect yet: none are)",
+            )
+        elif option.flag:
+            group.addoption(
+                option.flag,
+                dest=option.destination,
                 default=None,
                 metavar=option.metavar,
                 choices=option.choices,
-                help=option.help,
+                help=help_text,
             )
-        parser.addini(option.ini, option.help, type=option.ini_type, default=None)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", MARKER_LINE)
-    settings(config)
-
-
-def settings(config: pytest.Config) -> dict[str, Any]:
-    """What command line and ini say: only what was given, by field name.
-
-    Raises ``pytest.UsageError`` for a value that cannot be right.
-    """
-    found: dict[str, Any] = {}
-    for option in OPTIONS:
-        source, value = _given(config, option)
-        if value is None:
-            continue
-        if option.choices and value not in option.choices:
-            raise pytest.UsageError(
-                f"{source} = {value!r} is not valid: use one of {', '.join(option.choices)}"
-            )
-        try:
-            found[option.field] = option.convert(value)
-        except ValueError as error:
-            raise pytest.UsageError(f"{source} = {value!r} is not valid: {error}") from None
-    return found
-
-
-def _given(config: pytest.Config, option: Option) -> tuple[str, Any]:
-    if option.flag:
-        value = config.getoption(_destination(option), None)
-        if value is not None:
-            path = _path_from(config.invocation_params.dir, value, option)
-            return option.flag, path
-    value = config.getini(option.ini)
-    if value in (None, "", []):
-        return option.ini, None
-    base = config.inipath.parent if config.inipath else config.rootpath
-    return f"the ini option {option.ini}", _path_from(base, value, option)
-
-
-def _path_from(base: Path, value: Any, option: Option) -> Any:
-    # A path on the command line is relative to where pytest was started, one in
-    # an ini file to that file.
-    return base / Path(value).expanduser() if option.convert is Path else value
-
-
-def _destination(option: Option) -> str:
-    return f"smolvm_{option.field}"
-
-
-def marker_arguments(item: pytest.Item, valid: set[str]) -> tuple[dict[str, Any], str]:
-    """The ``smolvm`` markers of an item, merged key by key, the nearest winning.
-
-    The second value says what is wrong with them; it is empty when nothing is.
-    """
-    merged: dict[str, Any] = {}
-    for marker in item.iter_markers("smolvm"):
-        if marker.args:
-            return {}, f"@pytest.mark.smolvm takes keyword arguments only, not {marker.args!r}"
-        for key, value in marker.kwargs.items():
-            if key not in valid:
-                return {}, (
-                    f"@pytest.mark.smolvm has no argument {key!r}: the valid ones are "
-                    f"{', '.join(sorted(valid))}"
-                )
-            merged.setdefault(key, value)
-    return merged, ""
+        if option.ini:
+            parser.addini(option.ini, help_text, type=option.ini_type, default=None)

@@ -15,10 +15,10 @@ import pytest
 
 from pytest_smolvm import SmolVMError
 from pytest_smolvm.hostloop import await_result
+from pytest_smolvm.identity import ProcessIdentity
 from pytest_smolvm.process import (
     Deadline,
     MachineProcess,
-    ProcessIdentity,
     ToolError,
     find_tool,
     run_tool,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pytest_smolvm import SmolVMError, VMAlreadyExistsError, VMNotFoundError
-from pytest_smolvm.process import ProcessIdentity
+from pytest_smolvm.identity import ProcessIdentity
 from pytest_smolvm.records import Retained, Usage, new_record, read_record
 from pytest_smolvm.statedir import (
     default_state_dir,

@@ -1,0 +1,322 @@
+"""The VMs of one pytest process: leased to tests, shared by scope, ended when all is known."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+
+from pytest_smolvm.config import VMConfig
+from pytest_smolvm.plugin import outcomes, retention
+from pytest_smolvm.plugin.events import Event
+from pytest_smolvm.plugin.header import describe_host
+from pytest_smolvm.plugin.progress import told_when_slow
+from pytest_smolvm.plugin.session import run_of
+from pytest_smolvm.plugin.settings import settings_of
+from pytest_smolvm.plugin.wanted import Prepare, Wanted
+from pytest_smolvm.records import Usage, VMState
+from pytest_smolvm.vm import SmolVM
+
+logger = logging.getLogger(__name__)
+
+_HEALTH_TIMEOUT_S = 10.0
+_STOP_TIMEOUT_S = 5.0
+_PREPARE_TIMEOUT_S = 600.0
+_AT_ONCE = 8
+_SESSION_KEY = "smolvm_session"
+
+Node = pytest.Item | pytest.Collector
+
+
+@dataclass
+class Lease:
+    """One VM, and the tests that have had it."""
+
+    vm: SmolVM
+    node: Node
+    """When the run leaves this node, the VM ends."""
+    key: str
+    users: list[outcomes.User] = field(default_factory=list)
+    never_ready: str = ""
+    """Why it never got as far as a test."""
+    error: BaseException | None = None
+    """What was raised then."""
+    worth_keeping: bool = True
+
+
+class Fleet:
+    """Every VM that this process has booted for tests and not ended yet."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._settings = settings_of(config)
+        self._run = run_of(config)
+        self._leases: list[Lease] = []
+        self._events: list[Event] = []
+
+    # -- asking ---------------------------------------------------------------
+
+    def lease(
+        self, item: pytest.Item, config: VMConfig, wanted: Wanted, *, shared: bool = True
+    ) -> SmolVM:
+        """A VM for the test: a new one, or the one that its scope has already."""
+        node = scope_node(item, wanted.scope) if shared else item
+        user = outcomes.User(item, wanted.retain)
+        if node is item:
+            return self._boot(node, config, wanted, user, key="").vm
+        key = _key(config, wanted)
+        return self._shared(node, key, config, wanted, user).vm
+
+    def lease_for_session(
+        self, session: pytest.Session, config: VMConfig, wanted: Wanted
+    ) -> SmolVM:
+        """The VM of ``smolvm_session``; who uses it is told by ``note_session_user``."""
+        user = outcomes.User(session, wanted.retain)
+        return self._boot(session, config, wanted, user, key=_SESSION_KEY).vm
+
+    def session_vm_is_fit(self, item: pytest.Item) -> bool:
+        """Whether the VM of ``smolvm_session`` can serve ``item``; one that cannot is ended."""
+        for lease in self._session_leases():
+            why = "" if lease.error is not None else self._unfit(lease)
+            if why:
+                self._replace(lease, item, why)
+                return False
+        return True
+
+    def note_session_user(self, item: pytest.Item) -> None:
+        """``item`` has the VM of ``smolvm_session``, or was to have it."""
+        for lease in self._session_leases():
+            self._join(lease, outcomes.User(item, self._settings.retain))
+
+    def _session_leases(self) -> list[Lease]:
+        return [lease for lease in self._leases if lease.key == _SESSION_KEY]
+
+    def vms_of(self, item: pytest.Item) -> list[SmolVM]:
+        """The VMs that the test has, or whose boot it failed with."""
+        return [
+            lease.vm for lease in self._leases if any(user.node is item for user in lease.users)
+        ]
+
+    @property
+    def live_vms(self) -> list[SmolVM]:
+        """All VMs that run."""
+        return [lease.vm for lease in self._leases if lease.vm.status is VMState.RUNNING]
+
+    def take_events(self) -> list[Event]:
+        """What has happened since this was last asked."""
+        events, self._events = self._events, []
+        return events
+
+    # -- ending ---------------------------------------------------------------
+
+    def leave(self, nextitem: pytest.Item | None) -> list[Exception]:
+        """End the VMs of all nodes that the next test is not in; what went wrong is returned."""
+        staying = [] if nextitem is None else nextitem.listchain()
+        ended = [lease for lease in self._leases if lease.node not in staying]
+        self._leases = [lease for lease in self._leases if lease.node in staying]
+        return self._end_all(ended)
+
+    def end(self) -> list[Exception]:
+        """End all VMs; what went wrong is returned."""
+        return self.leave(None)
+
+    def _end_all(self, leases: Sequence[Lease]) -> list[Exception]:
+        if len(leases) < 2:
+            return [error for lease in leases if (error := self._try_to_end(lease))]
+        # Side by side: xdist gives a worker ten seconds for all of it.
+        told_before = len(self._events)
+        with ThreadPoolExecutor(_AT_ONCE, "smolvm-end") as threads:
+            errors = [error for error in threads.map(self._try_to_end, leases) if error]
+        order = [lease.vm.vm_id for lease in leases]
+        told = sorted(self._events[told_before:], key=lambda event: order.index(event["vm_id"]))
+        self._events[told_before:] = told
+        return errors
+
+    def _try_to_end(self, lease: Lease) -> Exception | None:
+        try:
+            self._end(lease)
+        except Exception as error:
+            logger.debug("%s could not be ended", lease.vm.vm_id, exc_info=True)
+            return error
+        return None
+
+    def _end(self, lease: Lease) -> None:
+        vm = lease.vm
+        if vm.deleted:
+            return  # by the test itself
+        verdict = outcomes.verdict(lease.users, lease.never_ready)
+        keeps_disk = vm.config.retain_disk_on_delete and vm.config.disk_mode == "isolated"
+        if keeps_disk and vm.status is not VMState.CREATED:
+            vm.stop(timeout=_STOP_TIMEOUT_S)
+        if verdict is None or not lease.worth_keeping:
+            vm.delete()
+            if not vm.directory.exists():
+                return
+            reason, test = "retain_disk_on_delete=True", _name(lease.users[-1].node)
+        else:
+            reason, test = verdict.reason, _name(verdict.node)
+            vm.usage = vm.usage.model_copy(update={"test": test})
+            vm.retain(reason)
+        self._tell(kind="retained", vm=vm, test=test, reason=reason, directory=str(vm.directory))
+        retention.enforce(
+            vm.state_dir,
+            self._run,
+            count=self._settings.retention_count,
+            max_mib=self._settings.retention_max_mib,
+        )
+
+    # -- within ---------------------------------------------------------------
+
+    def _shared(
+        self, node: Node, key: str, config: VMConfig, wanted: Wanted, user: outcomes.User
+    ) -> Lease:
+        for lease in self._leases:
+            if lease.node is node and lease.key == key:
+                if lease.error is not None:
+                    # As for any fixture of that scope: it failed once for all of them.
+                    raise lease.error
+                why = self._unfit(lease)
+                if not why:
+                    self._join(lease, user)
+                    return lease
+                self._replace(lease, user.node, why)
+        return self._boot(node, config, wanted, user, key)
+
+    def _join(self, lease: Lease, user: outcomes.User) -> None:
+        first = all(isinstance(known.node, pytest.Session) for known in lease.users)
+        lease.users.append(user)
+        lease.vm.usage = self._usage(user, lease.users)
+        _set_properties(user.node, lease.vm)
+        if not first:
+            self._tell(kind="reused", vm=lease.vm, test=_name(user.node))
+
+    def _replace(self, lease: Lease, node: Node, why: str) -> None:
+        self._leases.remove(lease)
+        self._tell(kind="replaced", vm=lease.vm, test=_name(node), reason=why)
+        if isinstance(node, pytest.Item):
+            text = f"{lease.vm.vm_id}, which was shared, {why}: another took its place"
+            outcomes.add_note(node, text)
+            node.user_properties.append(("smolvm_replaced_vm_id", lease.vm.vm_id))
+        self._end(lease)
+
+    @staticmethod
+    def _unfit(lease: Lease) -> str:
+        """Why a shared VM cannot serve the next test; empty: it can."""
+        vm = lease.vm
+        if vm.deleted:
+            return "had been deleted"
+        if vm.status is VMState.PAUSED:
+            vm.resume()
+        if vm.status is VMState.ERROR:
+            return "had died"
+        if vm.status is not VMState.RUNNING:
+            return "had been switched off"
+        if vm.config.offers_ssh and not vm.answers(_HEALTH_TIMEOUT_S):
+            return f"did not answer within {_HEALTH_TIMEOUT_S:g} s"
+        return ""
+
+    def _boot(
+        self, node: Node, config: VMConfig, wanted: Wanted, user: outcomes.User, key: str
+    ) -> Lease:
+        vm = SmolVM(config, accelerator=wanted.accel)
+        lease = Lease(vm, node, key, [user], never_ready="it did not boot")
+        self._leases.append(lease)
+        vm.usage = self._usage(user, lease.users)
+        try:
+            with told_when_slow(self._config, f"{vm.vm_id} is booting for {_name(user.node)}"):
+                vm.start(boot_timeout=wanted.boot_timeout, keep_failed=True)
+            self._tell_booted(vm, user)
+            lease.never_ready = "it could not be prepared"
+            prepare(vm, wanted.prepare)
+            self._config.hook.pytest_smolvm_started(item=user.node, vm=vm)
+        except BaseException as error:
+            # A machine that never ran, or that nobody waited for, has nothing to tell.
+            launched = "launch" in vm.timings
+            _set_properties(user.node, vm)
+            lease.worth_keeping = launched and not isinstance(error, KeyboardInterrupt)
+            lease.error = error
+            raise
+        _set_properties(user.node, vm)
+        lease.never_ready = ""
+        return lease
+
+    def _usage(self, user: outcomes.User, users: Sequence[outcomes.User]) -> Usage:
+        heir = self._run.heir
+        if heir is None or all(known.policy == "none" for known in users):
+            heir = None
+        return Usage(
+            test=_name(user.node),
+            project=self._run.project,
+            session=self._run.session_id,
+            heir_pid=heir[0] if heir else None,
+            heir_start_ticks=heir[1] if heir else None,
+        )
+
+    def _tell_booted(self, vm: SmolVM, user: outcomes.User) -> None:
+        if not self._config.stash.get(_header_told_key, False):
+            self._config.stash[_header_told_key] = True
+            self._events.append(Event(kind="header", text=describe_host(self._settings)))
+        took = sum(vm.timings.values())
+        self._tell(kind="booted", vm=vm, test=_name(user.node), seconds=took)
+
+    def _tell(self, *, vm: SmolVM, **facts: Any) -> None:
+        state_dir = str(vm.state_dir)
+        event: dict[str, Any] = {"vm_id": vm.vm_id, "state_dir": state_dir, **facts}
+        self._events.append(cast(Event, {**event, "host": self._run.host}))
+
+
+_header_told_key = pytest.StashKey[bool]()
+
+
+def scope_node(item: pytest.Item, scope: str) -> Node:
+    """The node whose tests share a VM of that scope."""
+    if scope == "session":
+        return item.session
+    found: Node | None = None
+    if scope == "module":
+        found = item.getparent(pytest.Module)
+    elif scope == "class":
+        # A function outside any class is a class of its own, as for pytest's fixtures.
+        found = item.getparent(pytest.Class)
+    return item if found is None else found
+
+
+def prepare(vm: SmolVM, how: Prepare) -> None:
+    """Run what ``prepare`` says in a VM that has just been booted."""
+    if callable(how):
+        how(vm)
+    else:
+        for command in how:
+            vm.run(command, timeout=_PREPARE_TIMEOUT_S, check=True)
+
+
+def _key(config: VMConfig, wanted: Wanted) -> str:
+    """Equal for tests that may share a VM."""
+    fields = config.model_dump(mode="json")
+    if "vm_id" not in config.model_fields_set:
+        del fields["vm_id"]
+    how = wanted.prepare
+    # Functions are equal when they are the same one.
+    preparation = id(how) if callable(how) else list(how)
+    return json.dumps([fields, wanted.accel, wanted.restore, preparation], sort_keys=True)
+
+
+def _set_properties(node: Node, vm: SmolVM) -> None:
+    """For JUnit's XML."""
+    if not isinstance(node, pytest.Item):
+        return
+    node.user_properties.append(("smolvm_vm_id", vm.vm_id))
+    if vm.backend_name:
+        node.user_properties.append(("smolvm_backend", f"{vm.backend_name} ({vm.accelerator})"))
+    if vm.timings:
+        took = sum(vm.timings.values())
+        node.user_properties.append(("smolvm_boot_time_s", f"{took:.3f}"))
+
+
+def _name(node: Node) -> str:
+    return "the session" if isinstance(node, pytest.Session) else node.nodeid

@@ -1,0 +1,60 @@
+"""What is shown while one waits: lines that appear at once, though pytest captures output."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+SILENT_S = 2.0
+
+
+def show_progress(config: pytest.Config, line: str) -> None:
+    """Show a line at once; a quiet run (-q) shows none."""
+    if config.get_verbosity() < 0:
+        return
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    capture = config.pluginmanager.get_plugin("capturemanager")
+    suspended = (
+        contextlib.nullcontext() if capture is None else capture.global_and_fixture_disabled()
+    )
+    with suspended:
+        if reporter is not None:
+            reporter.ensure_newline()
+            reporter.write_line(f"smolvm: {line}")
+        else:
+            # A worker of xdist has no terminal, but shares its controller's screen.
+            worker = getattr(config, "workerinput", {}).get("workerid", "worker")
+            print(f"[{worker}] smolvm: {line}", file=sys.__stderr__, flush=True)
+
+
+@contextlib.contextmanager
+def told_when_slow(config: pytest.Config, what: str) -> Iterator[None]:
+    """With -v, say every so often that something is still under way.
+
+    The test run's own thread waits meanwhile, and goes on only when nothing is
+    being written any more.
+    """
+    if config.get_verbosity() < 1:
+        yield
+        return
+    done = threading.Event()
+    began = time.monotonic()
+
+    def tell() -> None:
+        pause_s = SILENT_S
+        while not done.wait(pause_s):
+            show_progress(config, f"{what} [{time.monotonic() - began:.0f} s]")
+            pause_s = min(pause_s * 2, 30.0)
+
+    teller = threading.Thread(target=tell, name="smolvm-progress", daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()

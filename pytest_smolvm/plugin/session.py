@@ -1,0 +1,72 @@
+"""One test run: its id, its place, and what is shared by all of its processes."""
+
+from __future__ import annotations
+
+import platform
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_smolvm.plugin.settings import is_remote_worker
+
+if TYPE_CHECKING:
+    from pytest_smolvm.plugin.fleet import Fleet
+
+
+@dataclass(frozen=True)
+class TestRun:
+    """What the VMs of one run have in common, whichever worker boots them."""
+
+    __test__ = False
+
+    session_id: str
+    """Ids of later runs sort after those of earlier ones."""
+    project: str
+    heir: tuple[int, int] | None = None
+    """The controller's pid and start, if it is on this host and may outlive us."""
+    host: str = ""
+
+
+_run_key = pytest.StashKey[TestRun]()
+_fleet_key = pytest.StashKey["Fleet"]()
+
+
+def run_of(config: pytest.Config) -> TestRun:
+    """This run; a worker of xdist learns it from its controller."""
+    run = config.stash.get(_run_key, None)
+    if run is None:
+        run = config.stash[_run_key] = _describe(config)
+    return run
+
+
+def _describe(config: pytest.Config) -> TestRun:
+    given: Mapping[str, Any] = getattr(config, "workerinput", {}).get("smolvm", {})
+    session_id = given.get("session_id") or (
+        time.strftime("%Y%m%dT%H%M%S", time.gmtime()) + f"-{secrets.token_hex(3)}"
+    )
+    heir = given.get("heir")
+    return TestRun(
+        session_id=str(session_id),
+        project=str(config.rootpath),
+        heir=(int(heir[0]), int(heir[1])) if heir and not is_remote_worker(config) else None,
+        host=platform.node(),
+    )
+
+
+def fleet_of(config: pytest.Config) -> Fleet:
+    """The VMs of this process, whose library is loaded with the first of them."""
+    fleet = config.stash.get(_fleet_key, None)
+    if fleet is None:
+        from pytest_smolvm.plugin.fleet import Fleet
+
+        fleet = config.stash[_fleet_key] = Fleet(config)
+    return fleet
+
+
+def existing_fleet(config: pytest.Config) -> Fleet | None:
+    """The VMs of this process, if any were asked for."""
+    return config.stash.get(_fleet_key, None)

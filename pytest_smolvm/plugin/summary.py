@@ -1,0 +1,146 @@
+"""What the terminal says of a run's VMs: one line at its head, a section at its end."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_smolvm.plugin import events
+from pytest_smolvm.plugin.events import Event
+
+_KEPT_SHOWN = 10
+_summary_key = pytest.StashKey["Summary"]()
+
+
+class Summary:
+    """Gathers events, from reports and from workers' ends; registered where the terminal is."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._events: list[Event] = []
+        self._header = ""
+
+    def take(self, told: Iterable[Event]) -> None:
+        """Take note of what happened."""
+        for event in told:
+            self._events.append(event)
+            if event["kind"] == "header" and not self._header:
+                self._show_header(event["text"])
+
+    def show_header_of(self, items: list[pytest.Item]) -> str:
+        """The line above a run with VMs in it; empty for one without."""
+        quiet = self._config.get_verbosity() < 0
+        if quiet or not any(_wants_vm(item) for item in items):
+            return ""
+        from pytest_smolvm.plugin.header import describe_host
+        from pytest_smolvm.plugin.settings import settings_of
+
+        self._header = describe_host(settings_of(self._config))
+        return f"smolvm: {self._header}"
+
+    def _show_header(self, text: str) -> None:
+        self._header = text
+        reporter = self._config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None and self._config.get_verbosity() >= 0:
+            reporter.ensure_newline()
+            reporter.write_line(f"smolvm: {text}")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.take(events.attached(report))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """A worker of xdist has ended, well or not."""
+        output = getattr(node, "workeroutput", None) or {}
+        self.take(output.get(events.ATTRIBUTE, ()))
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        self._show_slowest(terminalreporter)
+        kept = [event for event in self._of("retained") if _is_there(event)]
+        trouble = self._of("trouble")
+        quiet = self._config.get_verbosity() < 0
+        if not (kept or trouble or (self._events and not quiet)):
+            return
+        counts = {kind: len(self._of(kind)) for kind in ("booted", "reused", "replaced")}
+        if not (kept or trouble or any(counts.values())):
+            return
+        terminalreporter.section("smolvm")
+        replaced = f", {counts['replaced']} replaced" if counts["replaced"] else ""
+        terminalreporter.write_line(
+            f"VMs: {counts['booted']} booted, 0 restored, {counts['reused']} reused{replaced}"
+        )
+        for event in self._of("replaced"):
+            terminalreporter.write_line(
+                f"replaced: {event['vm_id']} {event['reason']}, before {event['test']}"
+            )
+        for event in kept[:_KEPT_SHOWN]:
+            terminalreporter.write_line(
+                f"kept: {event['vm_id']}, {event['test']}: {event['reason']}\n"
+                f"      {_way_in(event)}"
+            )
+        if len(kept) > _KEPT_SHOWN:
+            terminalreporter.write_line(
+                f"and {len(kept) - _KEPT_SHOWN} more: {_command(kept[0], 'ps')}"
+            )
+        for event in trouble:
+            terminalreporter.write_line(event["text"], red=True)
+
+    def _show_slowest(self, terminalreporter: pytest.TerminalReporter) -> None:
+        shown = self._config.getoption("durations", None)
+        boots = sorted(self._of("booted"), key=lambda event: -event["seconds"])
+        if shown is None or not boots:
+            return
+        count = len(boots) if shown == 0 else shown
+        title = "slowest VM boots" if shown == 0 else f"slowest {shown} VM boots"
+        terminalreporter.section(title)
+        for event in boots[:count]:
+            terminalreporter.write_line(
+                f"{event['seconds']:.2f}s boot     {event['vm_id']} for {event['test']}"
+            )
+
+    def _of(self, kind: str) -> list[Event]:
+        return [event for event in self._events if event["kind"] == kind]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        summary = config.stash[_summary_key] = Summary(config)
+        config.pluginmanager.register(summary, "smolvm-events")
+
+
+def summary_of(config: pytest.Config) -> Summary | None:
+    """What gathers the events of this run; None in a worker of xdist."""
+    return config.stash.get(_summary_key, None)
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> str:
+    summary = summary_of(config)
+    runs = not (config.option.collectonly or getattr(config.option, "setupplan", False))
+    return summary.show_header_of(items) if summary is not None and runs else ""
+
+
+def _wants_vm(item: pytest.Item) -> bool:
+    names = getattr(item, "fixturenames", ())
+    wanted = any(name in ("smolvm", "smolvm_session", "smolvm_factory") for name in names)
+    return wanted and item.get_closest_marker("skip") is None
+
+
+def _is_there(event: Event) -> bool:
+    # Later failures may have taken its place; of another host nothing is known.
+    return event.get("host") != platform.node() or Path(event["directory"]).is_dir()
+
+
+def _way_in(event: Event) -> str:
+    line = _command(event, "ssh", event["vm_id"])
+    elsewhere = event.get("host") not in ("", None, platform.node())
+    return f"on {event['host']}: {line}" if elsewhere else line
+
+
+def _command(event: Event, *words: str) -> str:
+    from pytest_smolvm.keepsake import command_line
+
+    return command_line(Path(event["state_dir"]), *words)
