@@ -17,7 +17,12 @@ from pytest_smolvm.backends import choose
 from pytest_smolvm.backends.base import Backend, Machine
 from pytest_smolvm.config import SSH_BOOT_ARGS, VMConfig
 from pytest_smolvm.disks import fingerprint
-from pytest_smolvm.errors import OperationTimeoutError, SmolVMError, VMNotFoundError
+from pytest_smolvm.errors import (
+    ImageError,
+    OperationTimeoutError,
+    SmolVMError,
+    VMNotFoundError,
+)
 from pytest_smolvm.guest import Guest
 from pytest_smolvm.images.builder import ImageBuilder
 from pytest_smolvm.inside import Inside
@@ -161,6 +166,12 @@ class SmolVM(Inside, Outside):
     def _boot(self, boot_timeout: float | None) -> None:
         self._claim()
         assert self._directory is not None  # noqa: S101 - claimed
+        if self._retained is not None and self._retained.without_disk:
+            raise ImageError(
+                f"the VM {self.vm_id!r} was kept without its disk: "
+                f"{self._retained.without_disk}. What is left of it lies in {self.directory}",
+                {"vm_id": self.vm_id},
+            )
         login = None
         if self._config.offers_ssh:
             login = access.prepare_login(
