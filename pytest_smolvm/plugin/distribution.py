@@ -12,6 +12,7 @@ import pytest
 from pytest_smolvm.hostmemory import available_mib
 from pytest_smolvm.identity import ProcessIdentity
 from pytest_smolvm.limits import DEFAULT_MEM_SIZE_MIB
+from pytest_smolvm.plugin import outcomes
 from pytest_smolvm.plugin.events import Event
 from pytest_smolvm.plugin.session import run_of
 from pytest_smolvm.plugin.settings import settings_of
@@ -119,14 +120,39 @@ def _adopt(config: pytest.Config) -> None:
     store.sweep()
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Generator[None, None, None]:
     """With --dist loadgroup, keep tests that share a VM on one worker."""
     if not getattr(config.option, "loadgroup", False):
-        return
+        return (yield)
     for item in items:
+        outcomes.remember_name(item)
         group = _group_of(item, config)
         if group and item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(group))
+    result = yield
+    for item in items:
+        if any(name.startswith("smolvm") for name in getattr(item, "fixturenames", ())):
+            _tell_group(item)
+    return result
+
+
+def _tell_group(item: pytest.Item) -> None:
+    """See that the group is in the node id, where xdist's scheduler looks for it.
+
+    xdist 3.8 puts it into an attribute that pytest 9.2 has no more, and so
+    forgets all groups (pytest-xdist, issue 1386).
+    """
+    groups = {
+        str(marker.args[0] if marker.args else marker.kwargs.get("name", "default"))
+        for marker in item.iter_markers("xdist_group")
+    }
+    suffix = f"@{'_'.join(sorted(groups))}"
+    node_id: Any = getattr(item, "_id", None)
+    if groups and node_id is not None and not item.nodeid.endswith(suffix):
+        item._id = type(node_id).parse(item.nodeid + suffix)
 
 
 def _group_of(item: pytest.Item, config: pytest.Config) -> str:

@@ -17,7 +17,9 @@ def show_progress(config: pytest.Config, line: str) -> None:
     """Show a line at once; a quiet run (-q) shows none."""
     if config.get_verbosity() < 0:
         return
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    # A worker of xdist has a terminal that writes to nowhere, but shares its controller's screen.
+    worker = getattr(config, "workerinput", {}).get("workerid")
+    reporter = None if worker else config.pluginmanager.get_plugin("terminalreporter")
     capture = config.pluginmanager.get_plugin("capturemanager")
     suspended = (
         contextlib.nullcontext() if capture is None else capture.global_and_fixture_disabled()
@@ -27,9 +29,8 @@ def show_progress(config: pytest.Config, line: str) -> None:
             reporter.ensure_newline()
             reporter.write_line(f"smolvm: {line}")
         else:
-            # A worker of xdist has no terminal, but shares its controller's screen.
-            worker = getattr(config, "workerinput", {}).get("workerid", "worker")
-            print(f"[{worker}] smolvm: {line}", file=sys.__stderr__, flush=True)
+            who = f"[{worker}] " if worker else ""
+            print(f"{who}smolvm: {line}", file=sys.__stderr__, flush=True)
 
 
 @contextlib.contextmanager

@@ -45,9 +45,7 @@ def run_of(config: pytest.Config) -> TestRun:
 
 def _describe(config: pytest.Config) -> TestRun:
     given: Mapping[str, Any] = getattr(config, "workerinput", {}).get("smolvm", {})
-    session_id = given.get("session_id") or (
-        time.strftime("%Y%m%dT%H%M%S", time.gmtime()) + f"-{secrets.token_hex(3)}"
-    )
+    session_id = given.get("session_id") or _new_session_id()
     heir = given.get("heir")
     return TestRun(
         session_id=str(session_id),
@@ -55,6 +53,13 @@ def _describe(config: pytest.Config) -> TestRun:
         heir=(int(heir[0]), int(heir[1])) if heir and not is_remote_worker(config) else None,
         host=platform.node(),
     )
+
+
+def _new_session_id() -> str:
+    seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+    moment = time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))
+    # Two runs may begin in one moment: the rest tells them apart.
+    return f"{moment}.{nanoseconds // 1000:06}-{secrets.token_hex(3)}"
 
 
 def fleet_of(config: pytest.Config) -> Fleet:

@@ -13,6 +13,8 @@ from pytest_smolvm.plugin import events
 from pytest_smolvm.plugin.events import Event
 
 _KEPT_SHOWN = 10
+# The options with which pytest collects tests and runs none.
+_LOOKING = ("collectonly", "setupplan", "showfixtures", "show_fixtures_per_test")
 _summary_key = pytest.StashKey["Summary"]()
 
 
@@ -119,8 +121,8 @@ def summary_of(config: pytest.Config) -> Summary | None:
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> str:
     summary = summary_of(config)
-    runs = not (config.option.collectonly or getattr(config.option, "setupplan", False))
-    return summary.show_header_of(items) if summary is not None and runs else ""
+    looks_only = any(getattr(config.option, name, False) for name in _LOOKING)
+    return "" if summary is None or looks_only else summary.show_header_of(items)
 
 
 def _wants_vm(item: pytest.Item) -> bool:

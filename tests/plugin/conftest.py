@@ -23,6 +23,19 @@ fakes.install()
 Suite = Callable[..., pytest.RunResult]
 
 
+@pytest.fixture(autouse=True)
+def without_other_plugins(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plugins that our own checks bring are left out, unless a test is about them."""
+    # After pytester, which clears the variable.
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:asyncio -p no:rerunfailures")
+
+
+@pytest.fixture
+def with_other_plugins(without_other_plugins: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest-asyncio and pytest-rerunfailures are there."""
+    monkeypatch.delenv("PYTEST_ADDOPTS")
+
+
 @pytest.fixture
 def files(pytester: pytest.Pytester) -> dict[str, Path]:
     """A kernel and a root disk that exist; nothing looks inside."""

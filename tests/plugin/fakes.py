@@ -178,3 +178,15 @@ def install() -> None:
         from pytest_smolvm.plugin import header
 
         header.choose = lambda *_arguments: FakeBackend()
+
+
+def live_vms() -> list[str]:
+    """The VMs whose machines run."""
+    from pytest_smolvm.inventory import inventory
+    from pytest_smolvm.store import shared_store
+
+    return [
+        entry.vm_id
+        for entry in inventory(shared_store())
+        if entry.live and Path(f"/proc/{entry.record.machine_pid}").exists()
+    ]

@@ -27,7 +27,7 @@ def test_a_run_without_vms_loads_no_heavy_library(tmp_path: Path) -> None:
         text=True,
         check=True,
         cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin", "PYTEST_ADDOPTS": "-p no:cacheprovider"},
+        env={"PATH": "/usr/bin:/bin", "PYTEST_ADDOPTS": "-p no:cacheprovider -p no:asyncio"},
     )
     result = json.loads(done.stdout.partition("RESULT")[2])
     assert result == {"code": 0, "loaded": [], "plugin": True}
