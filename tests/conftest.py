@@ -15,22 +15,29 @@ from typing import Any
 import pytest
 
 from pytest_smolvm import SSH_BOOT_ARGS, ImageBuilder, SmolVM, VMConfig
+from pytest_smolvm.inventory import inventory
 from pytest_smolvm.statedir import default_state_dir
+from pytest_smolvm.store import Store
 
 _shared_state = default_state_dir()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    root = tmp_path_factory.mktemp("state")
-    for name in ("images", "keys", "cache"):
-        (_shared_state / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-        (root / name).symlink_to(_shared_state / name)
+    root = _with_shared_caches(tmp_path_factory.mktemp("state"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SMOLVM_STATE_DIR", str(root))
         yield root
-        left = sorted(path.name for path in (root / "vms").glob("*"))
+        # The last test's own VMs end after its fixtures: they have an owner still.
+        left = [entry.vm_id for entry in inventory(Store(root)) if not entry.live]
         assert not left, f"this run left VM directories behind: {left}"
+
+
+def _with_shared_caches(root: Path) -> Path:
+    for name in ("images", "keys", "cache"):
+        (_shared_state / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        (root / name).symlink_to(_shared_state / name)
+    return root
 
 
 @pytest.fixture
@@ -39,6 +46,15 @@ def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "own-state"
     monkeypatch.setenv("SMOLVM_STATE_DIR", str(root))
     return root
+
+
+@pytest.fixture
+def no_vms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A state directory without any VM, for one test; images are there."""
+    root = tmp_path / "no-vms"
+    root.mkdir()
+    monkeypatch.setenv("SMOLVM_STATE_DIR", str(root))
+    return _with_shared_caches(root)
 
 
 @pytest.fixture(scope="session")

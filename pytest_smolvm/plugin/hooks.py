@@ -60,6 +60,8 @@ def pytest_runtest_makereport(
     report = yield
     if alone and report.failed and call.excinfo is not None:
         report.longrepr = call.excinfo.getrepr(style="value", chain=False)
+    if report.failed:
+        tracebacks.shorten_summary(call, report)
     outcomes.note(item, report)
     fleet = existing_fleet(item.config)
     if fleet is None:

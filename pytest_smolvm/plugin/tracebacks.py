@@ -27,6 +27,17 @@ def cut(call: pytest.CallInfo[None], config: pytest.Config) -> bool:
     return not _end_where_we_were_called(error)
 
 
+def shorten_summary(call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
+    """Have the run's short summary show one line of an error of ours, whose text may have many.
+
+    Where pytest believes to run in CI, it would repeat all of them there, a
+    machine's console included.
+    """
+    crash = getattr(report.longrepr, "reprcrash", None)
+    if crash is not None and call.excinfo is not None and call.excinfo.errisinstance(SmolVMError):
+        crash.message = crash.message.partition("\n")[0]
+
+
 def _end_where_we_were_called(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
     """Cut the traceback off at the line of the user's that called us; False if none did."""
     caller = excinfo.tb

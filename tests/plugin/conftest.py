@@ -24,6 +24,13 @@ Suite = Callable[..., pytest.RunResult]
 
 
 @pytest.fixture(autouse=True)
+def as_at_a_desk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest's output does not depend on whether this runs in CI."""
+    for name in ("CI", "BUILD_NUMBER"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
 def without_other_plugins(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plugins that our own checks bring are left out, unless a test is about them."""
     # After pytester, which clears the variable.

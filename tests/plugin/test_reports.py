@@ -227,3 +227,21 @@ def test_a_vm_that_cannot_be_ended_at_the_runs_end_is_told_of(fake_suite: Suite)
     )
     assert result.ret == pytest.ExitCode.INTERRUPTED
     result.stdout.fnmatch_lines(["*= smolvm =*", "a VM could not be ended: the disk is gone"])
+
+
+def test_the_short_summary_has_one_line_of_our_errors_in_ci_too(
+    fake_suite: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CI", "true")
+    result = fake_suite(
+        """
+        import pytest
+        @pytest.mark.smolvm(boot_args="no-boot init=/init")
+        def test_one(smolvm): pass
+        def test_two(smolvm): smolvm.run(["fail", "a" * 100], check=True)
+        """
+    )
+    summary = result.stdout.str().partition("short test summary info")[2].splitlines()[1:]
+    assert len(summary) == 3, summary
+    assert re.match("FAILED .*::test_two - .*CommandFailedError: .* exit status 1", summary[0])
+    assert re.match("ERROR .*::test_one - .*BackendError: .* died while booting", summary[1])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,15 +31,13 @@ def cli(*arguments: str, expected: int = 0) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def kept(micro_config: VMConfig) -> Iterator[str]:
+def kept(micro_config: VMConfig, no_vms: Path) -> str:
     vm = SmolVM(micro_config).start()
     vm.usage = Usage(test="tests/test_a.py::test_one")
     vm.run("echo canary > /root/canary")
     vm.run("printf 'red \\033[31mwords\\n' > /dev/console")
     vm.retain("the test failed")
-    yield vm.vm_id
-    if vm.directory.exists():
-        shared_store().remove(vm.vm_id)
+    return vm.vm_id
 
 
 def test_a_kept_vm_is_entered_changed_looked_at_and_removed(kept: str) -> None:
@@ -70,11 +68,12 @@ def test_a_kept_vm_is_entered_changed_looked_at_and_removed(kept: str) -> None:
 
 def test_a_live_vm_of_another_process_is_joined_and_cannot_be_removed(guest: SmolVM) -> None:
     assert cli("ssh", guest.vm_id, "hostname").stdout.strip() == guest.run("hostname").output
-    (listed,) = json.loads(cli("ps", "--json").stdout)
-    assert (listed["vm_id"], listed["state"], listed["live"]) == (guest.vm_id, "running", True)
-    table = cli("ps").stdout.splitlines()
-    assert table[0].split() == ["VM", "STATE", "AGE", "SIZE", "OWNER", "TEST"]
-    assert table[1].split()[:2] == [guest.vm_id, "running"]
+    found = {entry["vm_id"]: entry for entry in json.loads(cli("ps", "--json").stdout)}
+    listed = found[guest.vm_id]
+    assert (listed["state"], listed["live"], listed["owner_pid"]) == ("running", True, os.getpid())
+    head, *rows = (line.split() for line in cli("ps").stdout.splitlines())
+    assert head == ["VM", "STATE", "AGE", "SIZE", "OWNER", "TEST"]
+    assert [guest.vm_id, "running"] in [row[:2] for row in rows]
     assert "in use by process" in cli("rm", guest.vm_id, expected=1).stderr
     cli("gc", "--kept")
     assert guest.run("true").ok

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,13 @@ from tests.conftest import changed
 
 
 @pytest.fixture
-def kept(micro_config: VMConfig) -> Iterator[Path]:
+def kept(micro_config: VMConfig, no_vms: Path) -> Path:
     """A VM that was kept while something that it wrote was still on its way to the disk."""
     vm = SmolVM(micro_config).start()
     vm.usage = Usage(test="tests/test_a.py::test_one", project="/the/project")
     vm.run("echo canary > /root/canary; exit 3")
     vm.run(["echo", "to the error stream", "a b"])
-    path = vm.retain("the test failed")
-    yield path
-    if path.exists():
-        shared_store().remove(vm.vm_id)
+    return vm.retain("the test failed")
 
 
 def test_a_kept_directory_explains_itself(kept: Path) -> None:
@@ -79,10 +75,9 @@ def test_a_new_vm_of_the_same_id_gets_a_fresh_disk_and_the_kept_one_moves_aside(
     assert f"ssh {aside.name}" in (aside / "README.txt").read_text()
     with SmolVM.from_id(aside.name) as vm:
         assert vm.read_text("/root/canary") == "canary\n"
-    shared_store().remove(aside.name)
 
 
-def test_a_boot_that_failed_can_be_kept(micro_config: VMConfig) -> None:
+def test_a_boot_that_failed_can_be_kept(micro_config: VMConfig, no_vms: Path) -> None:
     config = changed(micro_config, boot_args="panic=1 root=/dev/nothing init=/init")
     vm = SmolVM(config)
     with pytest.raises(BackendError, match="panicked"):
@@ -92,14 +87,12 @@ def test_a_boot_that_failed_can_be_kept(micro_config: VMConfig) -> None:
     assert "it did not boot" in (path / "README.txt").read_text()
     with pytest.raises(SmolVMError, match="was deleted"):
         vm.start()
-    shared_store().remove(vm.vm_id)
 
 
-def test_a_paused_vm_is_kept_whole(micro_config: VMConfig) -> None:
+def test_a_paused_vm_is_kept_whole(micro_config: VMConfig, no_vms: Path) -> None:
     vm = SmolVM(micro_config).start()
     vm.write_text("/root/canary", "canary")
     vm.pause()
-    path = vm.retain()
+    vm.retain()
     with SmolVM.from_id(vm.vm_id) as again:
         assert again.read_text("/root/canary") == "canary"
-    shared_store().remove(path.name)
