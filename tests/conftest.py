@@ -24,7 +24,7 @@ _shared_state = default_state_dir()
 
 @pytest.fixture(scope="session", autouse=True)
 def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    root = _with_shared_caches(tmp_path_factory.mktemp("state"))
+    root = with_shared_caches(tmp_path_factory.mktemp("state"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SMOLVM_STATE_DIR", str(root))
         yield root
@@ -33,7 +33,8 @@ def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         assert not left, f"this run left VM directories behind: {left}"
 
 
-def _with_shared_caches(root: Path) -> Path:
+def with_shared_caches(root: Path) -> Path:
+    """``root``, a state directory in which images and keys are those of all runs."""
     for name in ("images", "keys", "cache"):
         (_shared_state / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         (root / name).symlink_to(_shared_state / name)
@@ -54,7 +55,7 @@ def no_vms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "no-vms"
     root.mkdir()
     monkeypatch.setenv("SMOLVM_STATE_DIR", str(root))
-    return _with_shared_caches(root)
+    return with_shared_caches(root)
 
 
 @pytest.fixture(scope="session")
