@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -325,5 +326,5 @@ def test_two_runs_in_one_process_do_not_know_each_other(
 ) -> None:
     fake_suite("def test_one(smolvm): assert smolvm.run('true').ok", "--collect-only")
     script = "import pytest\nassert pytest.main() == 0\nassert pytest.main() == 0\n"
-    assert pytester.run("python", "-c", script, timeout=60).ret == 0
+    assert pytester.run(sys.executable, "-c", script, timeout=60).ret == 0
     assert boots() == 2
