@@ -89,9 +89,10 @@ class Fleet:
         return True
 
     def note_session_user(self, item: pytest.Item) -> None:
-        """``item`` has the VM of ``smolvm_session``, or was to have it."""
+        """``item`` has the VM of ``smolvm_session``, or was to have it; told twice, noted once."""
         for lease in self._session_leases():
-            self._join(lease, outcomes.User(item, self._settings.retain))
+            if all(user.node is not item for user in lease.users):
+                self._join(lease, outcomes.User(item, self._settings.retain))
 
     def _session_leases(self) -> list[Lease]:
         return [lease for lease in self._leases if lease.key == _SESSION_KEY]

@@ -32,16 +32,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
     outcomes.begin(item)
-    uses_session = "smolvm_session" in getattr(item, "fixturenames", ())
     fleet = existing_fleet(item.config)
-    if uses_session and fleet is not None and not fleet.session_vm_is_fit(item):
+    if fleet is not None and _uses_session_vm(item) and not fleet.session_vm_is_fit(item):
         _forget_session_fixture(item)
     try:
         return (yield)
     finally:
-        fleet = existing_fleet(item.config)
-        if uses_session and fleet is not None:
-            fleet.note_session_user(item)
+        _note_session_user(item)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -56,6 +53,7 @@ def pytest_runtest_teardown(
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    _note_session_user(item)
     alone = tracebacks.cut(call, item.config)
     report = yield
     if alone and report.failed and call.excinfo is not None:
@@ -108,6 +106,18 @@ def _end_session(session: pytest.Session) -> None:
 def _leave(item: pytest.Item) -> list[Exception]:
     fleet = existing_fleet(item.config)
     return [] if fleet is None else fleet.leave(item.stash.get(_nextitem_key, None))
+
+
+def _uses_session_vm(item: pytest.Item) -> bool:
+    """Whether the test has ``smolvm_session``, perhaps by ``getfixturevalue`` only."""
+    request = getattr(item, "_request", item)
+    return "smolvm_session" in getattr(request, "fixturenames", ())
+
+
+def _note_session_user(item: pytest.Item) -> None:
+    fleet = existing_fleet(item.config)
+    if fleet is not None and _uses_session_vm(item):
+        fleet.note_session_user(item)
 
 
 def _describe_vms(item: pytest.Item, report: pytest.TestReport) -> None:

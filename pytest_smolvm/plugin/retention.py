@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
+from pytest_smolvm.errors import VMAlreadyExistsError, VMNotFoundError
 from pytest_smolvm.inventory import Entry, inventory
 from pytest_smolvm.plugin.session import TestRun
 from pytest_smolvm.statedir import locked
@@ -53,8 +55,14 @@ def _drop_sessions(store: Store, entries: list[Entry], count: int) -> list[Entry
     staying = set(sessions[-count:]) if count else set()
     for entry in entries:
         if entry.record.usage.session not in staying:
-            store.remove(entry.vm_id)
+            _remove(store, entry)
     return [entry for entry in entries if entry.record.usage.session in staying]
+
+
+def _remove(store: Store, entry: Entry) -> None:
+    # Somebody may have removed it by hand meanwhile, or be about to look at it.
+    with contextlib.suppress(VMNotFoundError, VMAlreadyExistsError):
+        store.remove(entry.vm_id)
 
 
 def _drop_bytes(store: Store, entries: list[Entry], session: str, limit: int) -> None:
@@ -63,19 +71,20 @@ def _drop_bytes(store: Store, entries: list[Entry], session: str, limit: int) ->
         if sum(sizes.values()) <= limit:
             return
         if entry.record.usage.session != session:
-            store.remove(entry.vm_id)
+            _remove(store, entry)
             del sizes[entry.vm_id]
     newest_first = [entry for entry in reversed(entries) if entry.vm_id in sizes]
     for entry in newest_first:
         if sum(sizes.values()) <= limit:
             return
-        store.drop_disk(
-            entry.vm_id,
-            f"smolvm_retention_max_mib = {limit >> 20} was reached, and it was the latest",
-        )
+        with contextlib.suppress(VMNotFoundError):
+            store.drop_disk(
+                entry.vm_id,
+                f"smolvm_retention_max_mib = {limit >> 20} was reached, and it was the latest",
+            )
         sizes[entry.vm_id] = entry.size_bytes
     for entry in newest_first:
         if sum(sizes.values()) <= limit:
             return
-        store.remove(entry.vm_id)
+        _remove(store, entry)
         del sizes[entry.vm_id]

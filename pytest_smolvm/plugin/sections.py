@@ -14,8 +14,10 @@ def sections_of(vm: SmolVM, shown: str = "") -> list[tuple[str, str]]:
     """Titles and texts: the console's end, the last commands, where the time went.
 
     ``shown`` is what the report shows already: an error that tells of a machine's
-    death has the console in it.
+    death has the console in it. A VM that never got as far as starting has none.
     """
+    if not vm.timings:
+        return []
     console = last_lines(vm.console)
     lines = console.splitlines()
     sections = []
@@ -48,4 +50,4 @@ def _timings(vm: SmolVM) -> str:
     if commands:
         took = sum(entry.duration_s for entry in commands)
         parts.append(f"commands ({len(commands)}) {took:.2f} s")
-    return ", ".join(parts) or "it never got as far as starting"
+    return ", ".join(parts)

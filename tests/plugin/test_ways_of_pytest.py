@@ -289,17 +289,24 @@ def test_a_doctest_may_take_a_vm(fake_suite: Suite, boots: Count) -> None:
     assert boots() == 1
 
 
-def test_getfixturevalue_boots_when_it_is_called(fake_suite: Suite, boots: Count) -> None:
+def test_getfixturevalue_boots_when_it_is_called(
+    fake_suite: Suite, boots: Count, kept: Callable[[], dict[str, str]]
+) -> None:
     result = fake_suite(
         """
         def test_one(request):
             assert request.getfixturevalue("smolvm").run("true").ok
         def test_two(request):
+            assert request.getfixturevalue("smolvm_session").run("true").ok
+        def test_three(request):
             assert request.getfixturevalue("smolvm_session").run("fail").ok
+        def test_four(): pass
         """
     )
-    result.assert_outcomes(passed=1, failed=1)
+    result.assert_outcomes(passed=3, failed=1)
     assert boots() == 2
+    assert kept() == {"test_three": "the test failed"}
+    result.stdout.fnmatch_lines(["*last commands in vm-*", "VMs: 2 booted, 0 restored, 1 reused"])
 
 
 @pytest.mark.usefixtures("with_other_plugins")
