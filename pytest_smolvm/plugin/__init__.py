@@ -8,7 +8,15 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_smolvm.plugin import hookspecs
+from pytest_smolvm.plugin import (
+    debugging,
+    distribution,
+    hooks,
+    hookspecs,
+    options,
+    settings,
+    summary,
+)
 from pytest_smolvm.plugin.fixtures import (
     smolvm,
     smolvm_config,
@@ -25,11 +33,11 @@ __all__ = [
     "smolvm_session",
 ]
 
-pytest_plugins = [
-    f"pytest_smolvm.plugin.{part}"
-    for part in ("options", "settings", "hooks", "summary", "debugging", "distribution")
-]
+# Not named in pytest_plugins: pytest before 8.4 warns of those that are loaded already.
+_PARTS = (options, settings, hooks, summary, debugging, distribution)
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
     pluginmanager.add_hookspecs(hookspecs)
+    for part in _PARTS:
+        pluginmanager.register(part, f"smolvm-{part.__name__.rpartition('.')[2]}")

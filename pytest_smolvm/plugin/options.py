@@ -59,14 +59,16 @@ class Option:
 
 
 def _number_within(lowest: float, highest: float, unit: str = "") -> Callable[[Any], int]:
+    upper = " or more" if highest == float("inf") else f" to {highest:g}"
+    problem = f"give a whole number, {lowest:g}{upper}{unit}"
+
     def convert(text: Any) -> int:
         try:
             number = int(str(text).strip())
         except ValueError:
-            raise ValueError("give a whole number") from None
+            raise ValueError(problem) from None
         if not lowest <= number <= highest:
-            upper = "" if highest == float("inf") else f" to {highest:g}"
-            raise ValueError(f"give {lowest:g}{upper or ' or more'}{unit}")
+            raise ValueError(problem)
         return number
 
     return convert

@@ -13,9 +13,14 @@ import pytest
 SILENT_S = 2.0
 
 
+def verbosity_of(config: pytest.Config) -> int:
+    """How often -v was given; below 0: -q. pytest 8.0's own way fails without its terminal."""
+    return int(getattr(config.option, "verbose", 0))
+
+
 def show_progress(config: pytest.Config, line: str) -> None:
     """Show a line at once; a quiet run (-q) shows none."""
-    if config.get_verbosity() < 0:
+    if verbosity_of(config) < 0:
         return
     # A worker of xdist has a terminal that writes to nowhere, but shares its controller's screen.
     worker = getattr(config, "workerinput", {}).get("workerid")
@@ -40,7 +45,7 @@ def told_when_slow(config: pytest.Config, what: str) -> Iterator[None]:
     The test run's own thread waits meanwhile, and goes on only when nothing is
     being written any more.
     """
-    if config.get_verbosity() < 1:
+    if verbosity_of(config) < 1:
         yield
         return
     done = threading.Event()

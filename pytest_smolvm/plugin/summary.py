@@ -11,6 +11,7 @@ import pytest
 
 from pytest_smolvm.plugin import events
 from pytest_smolvm.plugin.events import Event
+from pytest_smolvm.plugin.progress import verbosity_of
 
 _KEPT_SHOWN = 10
 # The options with which pytest collects tests and runs none.
@@ -35,7 +36,7 @@ class Summary:
 
     def show_header_of(self, items: list[pytest.Item]) -> str:
         """The line above a run with VMs in it; empty for one without."""
-        quiet = self._config.get_verbosity() < 0
+        quiet = verbosity_of(self._config) < 0
         if quiet or not any(_wants_vm(item) for item in items):
             return ""
         from pytest_smolvm.plugin.header import describe_host
@@ -47,7 +48,7 @@ class Summary:
     def _show_header(self, text: str) -> None:
         self._header = text
         reporter = self._config.pluginmanager.get_plugin("terminalreporter")
-        if reporter is not None and self._config.get_verbosity() >= 0:
+        if reporter is not None and verbosity_of(self._config) >= 0:
             reporter.ensure_newline()
             reporter.write_line(f"smolvm: {text}")
 
@@ -64,7 +65,7 @@ class Summary:
         self._show_slowest(terminalreporter)
         kept = [event for event in self._of("retained") if _is_there(event)]
         trouble = self._of("trouble")
-        quiet = self._config.get_verbosity() < 0
+        quiet = verbosity_of(self._config) < 0
         if not (kept or trouble or (self._events and not quiet)):
             return
         counts = {kind: len(self._of(kind)) for kind in ("booted", "reused", "replaced")}

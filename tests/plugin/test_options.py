@@ -167,16 +167,19 @@ def test_a_wrong_marker_is_an_error_of_its_test_alone_and_boots_nothing(
         ("smolvm_env_vars = A", "*smolvm_env_vars*'A' is not of the form KEY=value*"),
         ("smolvm_scope = package", "*smolvm_scope = 'package'*function, class, module, session*"),
         ("smolvm_retention_policy = some", "*'some' is not valid: use one of all, failed, none*"),
-        ("smolvm_retention_count = -1", "*smolvm_retention_count = -1*give 0 or more*"),
+        (
+            "smolvm_retention_count = -1",
+            "*smolvm_retention_count = *-1*give a whole number, 0 or more*",
+        ),
         ("smolvm_retention_max_mib = big", "*smolvm_retention_max_mib*'big'*"),
         ("smolvm_boot_timeout = 0", "*smolvm_boot_timeout*give seconds, more than 0*"),
         ("smolvm_restore = maybe", "*smolvm_restore*'maybe'*"),
-        ("smolvm_prefetch = 100", "*smolvm_prefetch = 100*give 0 to 64*"),
+        ("smolvm_prefetch = 100", "*smolvm_prefetch = *100*give a whole number, 0 to 64*"),
         ("smolvm_accel = xen", "*smolvm_accel = 'xen'*auto, kvm, hvf, tcg*"),
         ("smolvm_image = nope", "*smolvm_image = 'nope'*micro*"),
         ("smolvm_kernel_path = nope", "*smolvm_kernel_path = '*nope'*there is no such file*"),
         ("smolvm_disk_mode = mine", "*smolvm_disk_mode = 'mine'*isolated, shared*"),
-        ("smolvm_vcpu_count = 0", "*smolvm_vcpu_count = 0*give 1 to 32*"),
+        ("smolvm_vcpu_count = 0", "*smolvm_vcpu_count = *0*give a whole number, 1 to 32*"),
     ],
 )
 def test_a_wrong_ini_value_is_a_usage_error_before_any_test(
