@@ -111,7 +111,7 @@ class MachineProcess:
         with log.open("wb") as output:
             self._popen = call_on_host_loop(
                 lambda: subprocess.Popen(
-                    [*_die_with_parent(), *argv],
+                    [*_never_outlive_us(), *argv],
                     cwd=cwd,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -172,6 +172,14 @@ def _die_with_parent() -> list[str]:
     # command: no code runs between fork and exec in a threaded Python.
     setpriv = shutil.which("setpriv")
     return [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
+
+
+def _never_outlive_us() -> list[str]:
+    signal_wanted = _die_with_parent()
+    # Had we died before the signal was asked for, it would never come (prctl(2)). So
+    # the program, once it has been, looks who its parent is.
+    still_ours = ["/bin/sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid())]
+    return [*signal_wanted, *still_ours] if signal_wanted else []
 
 
 def wait_readable(descriptor: int, timeout_s: float) -> bool:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -68,17 +69,38 @@ def test_a_machines_end_and_output_are_seen(tmp_path: Path) -> None:
     assert process.output_tail() == "last words"
 
 
-def test_a_machine_dies_with_its_owner_though_that_was_killed(tmp_path: Path) -> None:
+def wait_for_program(pid: int, name: bytes) -> None:
+    deadline = Deadline(30)
+    while Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0] != name:
+        assert not deadline.passed()
+        time.sleep(0.01)
+
+
+SLOW_SETPRIV = """#!/bin/sh
+sleep 1
+PATH="${PATH#*:}" exec setpriv "$@"
+"""
+
+
+@pytest.mark.parametrize("moment", ["it runs", "its signal has not been asked for yet"])
+def test_a_machine_dies_with_its_owner_though_that_was_killed(tmp_path: Path, moment: str) -> None:
     script = (
         "import sys, pathlib; from pytest_smolvm.process import MachineProcess\n"
         "d = pathlib.Path(sys.argv[1])\n"
         "p = MachineProcess(['sleep', '600'], cwd=d, log=d / 'log', pass_fds=[])\n"
         "print(p.pid, flush=True); sys.stdin.read()\n"
     )
+    path = os.environ["PATH"]
+    if moment != "it runs":
+        slow = tmp_path / "setpriv"
+        slow.write_text(SLOW_SETPRIV)
+        slow.chmod(0o755)
+        path = f"{tmp_path}:{path}"
     owner = subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        env={**os.environ, "PATH": path},
     )
     with owner:
         assert owner.stdout is not None
@@ -86,11 +108,11 @@ def test_a_machine_dies_with_its_owner_though_that_was_killed(tmp_path: Path) ->
         pidfd = os.pidfd_open(pid)
         identity = ProcessIdentity.of(pid)
         assert identity is not None
+        if moment == "it runs":
+            wait_for_program(pid, b"sleep")
         owner.send_signal(signal.SIGKILL)
         owner.wait(30)
-        import select
-
-        readable, _, _ = select.select([pidfd], [], [], 30)
+        readable = wait_readable(pidfd, 30)
         os.close(pidfd)
     assert readable
     assert not identity.is_alive()
