@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _HEALTH_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 5.0
 _PREPARE_TIMEOUT_S = 600.0
-_AT_ONCE = 8
+_AT_ONCE = 32
 _SESSION_KEY = "smolvm_session"
 
 Node = pytest.Item | pytest.Collector

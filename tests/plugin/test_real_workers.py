@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pytest_smolvm.identity import ProcessIdentity
-from pytest_smolvm.inventory import inventory
+from pytest_smolvm.inventory import Entry, inventory
 from pytest_smolvm.store import Store
 from tests.plugin.test_retention import start, wait_for
 
@@ -109,6 +109,39 @@ def test_a_worker_that_is_killed_takes_its_machines_with_it(
         assert entry.record.retained is not None
 
 
+def test_a_worker_ends_machines_that_are_past_answering_before_xdist_ends_it(
+    pytester: pytest.Pytester, no_vms: Path
+) -> None:
+    marker = pytester.path / "stopped"
+    pytester.makepyfile(
+        f"""
+        import os, pytest, signal, time
+        from pathlib import Path
+
+        @pytest.mark.smolvm(mem_size_mib=200)
+        def test_long(smolvm, smolvm_factory):
+            vms = [smolvm, smolvm_factory(), smolvm_factory()]
+            for vm in vms:
+                os.kill(vm._machine.pid, signal.SIGSTOP)
+            Path("{marker}").touch()
+            time.sleep(600)
+        """
+    )
+    with start("-n1", "-p", "no:cacheprovider") as run:
+        wait_for(marker, run)
+        os.killpg(run.pid, signal.SIGINT)
+        output, _ = run.communicate(timeout=60)
+    assert run.returncode == pytest.ExitCode.INTERRUPTED, output
+    entries = inventory(Store(no_vms))
+    # By the worker, that is: not by the controller, when the worker had been killed.
+    assert reasons(entries) == ["the run was interrupted in it"] * 3
+    assert not any(entry.live for entry in entries)
+
+
+def reasons(entries: list[Entry]) -> list[str | None]:
+    return [entry.record.retained and entry.record.retained.reason for entry in entries]
+
+
 def test_ctrl_c_is_seen_by_all_workers_which_keep_what_they_were_at(
     pytester: pytest.Pytester, no_vms: Path
 ) -> None:
@@ -135,8 +168,7 @@ def test_ctrl_c_is_seen_by_all_workers_which_keep_what_they_were_at(
     entries = inventory(Store(no_vms))
     # Ended by their workers, within the time that xdist gives them: had it killed
     # them, the reason would be that their owner died.
-    reasons = [entry.record.retained and entry.record.retained.reason for entry in entries]
-    assert reasons == ["the run was interrupted in it"] * 2
+    assert reasons(entries) == ["the run was interrupted in it"] * 2
     script = Path(sys.executable).with_name("pytest-smolvm")
     done = subprocess.run(
         [script, "ssh", entries[0].vm_id, "cat /root/canary"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,6 +58,18 @@ class TestXunit:
     def test_xunit_teardown(self, smolvm): pass
 """
 
+INTERRUPTED = """
+def test_before(smolvm): pass
+def test_interrupted(smolvm): smolvm.run("hang {marker}")
+def test_never(smolvm): pass
+"""
+
+CRASHED = """
+import os
+def test_crash(smolvm): os._exit(3)
+"""
+
+# What each policy keeps of every kind of test: by its name, why.
 FAILED = {
     "test_call": "the test failed",
     "test_setup": "its set-up failed",
@@ -66,10 +79,23 @@ FAILED = {
     "test_strict_xpass": "the test failed",
     "test_no_boot": "it did not boot",
     "test_xunit_teardown": "its teardown failed",
+    "test_interrupted": "the run was interrupted in it",
+    "test_crash": "its owner, process *, died",
 }
-OTHERS = dict.fromkeys(["test_pass", "test_skip", "test_xfail"], "the policy is to keep all")
+DID_NOT_FAIL = dict.fromkeys(
+    ["test_pass", "test_skip", "test_xfail", "test_before"], "the policy is to keep all"
+)
+WHAT_IS_KEPT: dict[str, dict[str, str]] = {
+    "all": {**FAILED, **DID_NOT_FAIL},
+    "failed": FAILED,
+    "none": {},
+}
 
-WHAT_IS_KEPT = {"all": {**FAILED, **OTHERS}, "failed": FAILED, "none": {}}
+
+def kept_of(policy: str, source: str) -> dict[str, str]:
+    """The part of the table that is about the tests of ``source``."""
+    names = re.findall(r"def (test_\w+)", source)
+    return {name: why for name, why in WHAT_IS_KEPT[policy].items() if name in names}
 
 
 @pytest.mark.parametrize("policy", WHAT_IS_KEPT)
@@ -77,20 +103,12 @@ def test_each_policy_keeps_what_it_says_of_every_kind_of_failure(
     fake_suite: Suite, kept: Kept, policy: str
 ) -> None:
     fake_suite(EVERY_KIND, f"--smolvm-retain={policy}")
-    assert kept() == WHAT_IS_KEPT[policy]
+    assert kept() == kept_of(policy, EVERY_KIND)
 
 
 def test_the_default_keeps_what_failed(fake_suite: Suite, kept: Kept) -> None:
     fake_suite(EVERY_KIND)
-    assert kept() == WHAT_IS_KEPT["failed"]
-
-
-INTERRUPTED = """
-import pytest
-def test_before(smolvm): pass
-def test_long(smolvm): smolvm.run("hang {marker}")
-def test_never(smolvm): pass
-"""
+    assert kept() == kept_of("failed", EVERY_KIND)
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -111,35 +129,24 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(
-    ("policy", "expected"),
-    [
-        ("all", {"test_long": "the run was interrupted in it"}),
-        ("failed", {"test_long": "the run was interrupted in it"}),
-        ("none", {}),
-    ],
-)
+@pytest.mark.parametrize("policy", WHAT_IS_KEPT)
 def test_a_test_that_ctrl_c_ended_did_not_pass(
-    fake_suite: Suite,
-    pytester: pytest.Pytester,
-    kept: Kept,
-    policy: str,
-    expected: dict[str, str],
+    fake_suite: Suite, pytester: pytest.Pytester, kept: Kept, policy: str
 ) -> None:
     marker = pytester.path / "hanging"
-    fake_suite(INTERRUPTED.format(marker=marker), "--collect-only")
+    source = INTERRUPTED.format(marker=marker)
+    fake_suite(source, "--collect-only")
     with start(f"--smolvm-retain={policy}") as run:
         wait_for(marker, run)
         os.killpg(run.pid, signal.SIGINT)
         output, _ = run.communicate(timeout=30)
     assert run.returncode == pytest.ExitCode.INTERRUPTED, output
-    others = {"test_before": "the policy is to keep all"} if policy == "all" else {}
-    assert kept() == {**expected, **others}
-    if expected:
-        assert "the run was interrupted in it" in output
-        (entry,) = [e for e in entries_of(kept) if e.record.usage.test.endswith("test_long")]
-        (command,) = commands_in(entry)
-        assert command["error"] == "KeyboardInterrupt"
+    assert kept() == kept_of(policy, source)
+    for entry in entries_of(kept):
+        if entry.record.usage.test.endswith("::test_interrupted"):
+            (command,) = commands_in(entry)
+            assert command["error"] == "KeyboardInterrupt"
+            assert f"kept: {entry.vm_id}, " in output
 
 
 def entries_of(kept: Kept) -> list:  # type: ignore[type-arg]
@@ -147,33 +154,18 @@ def entries_of(kept: Kept) -> list:  # type: ignore[type-arg]
     return entries(Path(os.environ["SMOLVM_STATE_DIR"]))
 
 
-@pytest.mark.parametrize(
-    ("policy", "expected"),
-    [("all", ["died"]), ("failed", ["died"]), ("none", [])],
-)
+@pytest.mark.parametrize("policy", WHAT_IS_KEPT)
 def test_what_a_crashed_worker_left_is_kept_by_its_controller(
-    fake_suite: Suite, own_state: Path, policy: str, expected: list[str]
+    fake_suite: Suite, kept: Kept, policy: str
 ) -> None:
-    result = fake_suite(
-        """
-        import os
-        def test_crash(smolvm): os._exit(3)
-        """,
-        f"--smolvm-retain={policy}",
-        "-n1",
-        "--max-worker-restart=0",
-    )
+    options = [f"--smolvm-retain={policy}", "-n1", "--max-worker-restart=0"]
+    result = fake_suite(CRASHED, *options)
     result.stdout.fnmatch_lines(["*worker 'gw0' crashed while running*test_crash*"])
-    found = entries(own_state)
-    assert [entry.record.usage.test.rpartition("::")[2] for entry in found] == (
-        ["test_crash"] * len(expected)
-    )
-    for entry in found:
-        assert entry.record.retained is not None
-        assert "died" in entry.record.retained.reason
-        assert not Path(f"/proc/{entry.record.machine_pid}").exists()
-    if expected:
-        result.stdout.fnmatch_lines(["kept: vm-*test_crash: its owner, process * died"])
+    found = {name: re.sub(r"\d+", "*", why) for name, why in kept().items()}
+    assert found == kept_of(policy, CRASHED)
+    for entry in entries_of(kept):
+        assert entry.record.machine_pid is None
+        result.stdout.fnmatch_lines([f"kept: {entry.vm_id}, *test_crash: its owner, * died"])
 
 
 def test_a_disk_that_the_configuration_keeps_stays_whatever_the_policy(
