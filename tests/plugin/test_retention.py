@@ -221,6 +221,20 @@ def test_the_session_vm_is_kept_if_a_test_that_had_it_failed(fake_suite: Suite, 
     assert kept() == {"test_two": "the test failed"}
 
 
+def test_the_session_vm_is_kept_if_a_set_up_with_it_was_interrupted(
+    fake_suite: Suite, kept: Kept
+) -> None:
+    fake_suite(
+        """
+        import pytest
+        @pytest.fixture
+        def service(smolvm_session): raise KeyboardInterrupt
+        def test_one(service): pass
+        """
+    )
+    assert kept() == {"test_one": "the run was interrupted in it"}
+
+
 def test_what_is_kept_explains_itself(fake_suite: Suite, kept: Kept) -> None:
     fake_suite(
         """
