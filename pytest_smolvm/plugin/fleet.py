@@ -113,6 +113,12 @@ class Fleet:
         events, self._events = self._events, []
         return events
 
+    def note_trouble(self, errors: Sequence[Exception]) -> None:
+        """Have the summary tell of VMs that could not be ended, where no report is left to."""
+        self._events += [
+            Event(kind="trouble", text=f"a VM could not be ended: {error}") for error in errors
+        ]
+
     # -- ending ---------------------------------------------------------------
 
     def leave(self, nextitem: pytest.Item | None) -> list[Exception]:

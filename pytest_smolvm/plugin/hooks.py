@@ -8,7 +8,6 @@ from collections.abc import Generator
 import pytest
 
 from pytest_smolvm.plugin import events, outcomes, tracebacks
-from pytest_smolvm.plugin.events import Event
 from pytest_smolvm.plugin.session import existing_fleet
 from pytest_smolvm.plugin.summary import summary_of
 
@@ -24,9 +23,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         if item.stash.get(_postponed_key, False):
             # --pdb was in a teardown that failed: only now is nobody looking any more.
             del item.stash[_postponed_key]
-            errors = _leave(item)
-            if errors:
-                raise errors[0]
+            fleet = existing_fleet(item.config)
+            if fleet is not None:
+                fleet.note_trouble(_leave(item))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -93,8 +92,8 @@ def _end_session(session: pytest.Session) -> None:
     if fleet is None:
         return
     errors = fleet.end()
+    fleet.note_trouble(errors)
     told = fleet.take_events()
-    told += [Event(kind="trouble", text=f"a VM could not be ended: {error}") for error in errors]
     if errors and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if hasattr(session.config, "workeroutput"):

@@ -94,7 +94,9 @@ class Summary:
 
     def _show_slowest(self, terminalreporter: pytest.TerminalReporter) -> None:
         shown = self._config.getoption("durations", None)
-        boots = sorted(self._of("booted"), key=lambda event: -event["seconds"])
+        at_least_s = self._config.getoption("durations_min", None) or 0.0
+        boots = [event for event in self._of("booted") if event["seconds"] >= at_least_s]
+        boots.sort(key=lambda event: -event["seconds"])
         if shown is None or not boots:
             return
         count = len(boots) if shown == 0 else shown

@@ -206,6 +206,26 @@ def test_pdb_in_a_teardown_that_failed_has_the_vm_still(fake_suite: Suite, own_s
     assert entry.record.retained.reason == "its teardown failed"
 
 
+def test_a_vm_that_cannot_be_ended_after_the_debugger_is_told_of(fake_suite: Suite) -> None:
+    fake_suite(
+        """
+        import pytest
+
+        @pytest.fixture
+        def before():
+            yield
+            raise RuntimeError("on purpose")
+
+        @pytest.mark.smolvm(retain="none")
+        def test_one(before, smolvm):
+            def refuse(): raise OSError("the disk is gone")
+            smolvm._directory.destroy = refuse
+        """,
+        "--collect-only",
+    )
+    assert "a VM could not be ended: the disk is gone" in debug("c")
+
+
 def test_a_breakpoint_says_how_to_join_the_vm_and_trace_does_too(fake_suite: Suite) -> None:
     fake_suite("def test_one(smolvm):\n    breakpoint()\n    assert 0\n", "--collect-only")
     assert re.search(WAY_IN, debug("c", arguments=()))

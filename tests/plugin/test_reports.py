@@ -160,8 +160,9 @@ def test_durations_shows_the_slowest_boots(
     assert found == sorted(found, key=float, reverse=True)
 
 
-def test_without_durations_no_boots_are_listed(fake_suite: Suite) -> None:
+def test_no_boots_are_listed_without_durations_or_below_their_minimum(fake_suite: Suite) -> None:
     assert "slowest" not in fake_suite(ONE).stdout.str()
+    assert "VM boots" not in fake_suite(ONE, "--durations=3", "--durations-min=9").stdout.str()
 
 
 @pytest.mark.parametrize("arguments", [[], ["-n1"]], ids=" ".join)
