@@ -23,6 +23,7 @@ OVERHEAD_MIB = 256
 """What a worker needs beside its guest's memory: Python, and QEMU's own."""
 
 _capped_key = pytest.StashKey[str]()
+_worker_died_key = pytest.StashKey[bool]()
 
 
 @pytest.hookimpl(wrapper=True, optionalhook=True)
@@ -63,6 +64,7 @@ def pytest_configure_node(node: Any) -> None:
 @pytest.hookimpl(optionalhook=True, trylast=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
     if error:
+        node.config.stash[_worker_died_key] = True
         _adopt(node.config)
 
 
@@ -71,10 +73,19 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]
     try:
         return (yield)
     finally:
-        config = session.config
-        if getattr(config.option, "tx", None) and not hasattr(config, "workerinput"):
-            # A worker may have been reported dead just before the kernel let go of its files.
-            _adopt(config)
+        if _may_have_left_vms(session):
+            _adopt(session.config)
+
+
+def _may_have_left_vms(session: pytest.Session) -> bool:
+    """Whether it is worth looking; a run without VMs does not pay for loading the library."""
+    config = session.config
+    if not getattr(config.option, "tx", None) or hasattr(config, "workerinput"):
+        return False
+    # xdist ends workers that have not ended ten seconds after Ctrl-C. And one may have been
+    # reported dead just before the kernel let go of its files.
+    interrupted = session.exitstatus == pytest.ExitCode.INTERRUPTED
+    return interrupted or config.stash.get(_worker_died_key, False)
 
 
 def _adopt(config: pytest.Config) -> None:

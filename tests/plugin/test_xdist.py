@@ -221,6 +221,26 @@ def test_workers_that_are_interrupted_end_their_vms_themselves(
     }
 
 
+def test_the_vms_of_a_worker_that_xdist_had_to_kill_are_kept_too(
+    fake_suite: Suite, pytester: pytest.Pytester, kept: Kept
+) -> None:
+    marker = pytester.path / "hanging"
+    source = f"""
+        import signal
+        def test_deaf(smolvm):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            while True: smolvm.run("hang {marker}")
+        """
+    fake_suite(source, "--collect-only")
+    with start("-n1") as run:
+        wait_for(marker, run)
+        os.killpg(run.pid, signal.SIGINT)
+        output, _ = run.communicate(timeout=60)
+    (reason,) = kept().values()
+    assert "died" in reason
+    assert "kept: vm-" in output
+
+
 def test_two_hundred_tests_on_two_workers_do_not_get_in_each_others_way(
     fake_suite: Suite, pytester: pytest.Pytester, boots: Count, kept: Kept
 ) -> None:

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import json, sys
 import pytest
-code = pytest.main(["-q", sys.argv[1]])
+code = pytest.main(["-q", *sys.argv[1:]])
 heavy = ["paramiko", "pydantic", "qemu", "cryptography", "filelock", "asyncio"]
 loaded = [name for name in heavy if name in sys.modules]
 print("RESULT" + json.dumps({"code": code, "loaded": loaded,
@@ -18,16 +20,22 @@ print("RESULT" + json.dumps({"code": code, "loaded": loaded,
 """
 
 
-def test_a_run_without_vms_loads_no_heavy_library(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", [[], ["-n1"]], ids=" ".join)
+def test_a_run_without_vms_loads_no_heavy_library(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "state" / "vms").mkdir(parents=True)
     test = tmp_path / "test_plain.py"
     test.write_text("def test_plain():\n    pass\n")
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(test)],
+        [sys.executable, "-c", SCRIPT, str(test), *arguments],
         capture_output=True,
         text=True,
         check=True,
         cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin", "PYTEST_ADDOPTS": "-p no:cacheprovider -p no:asyncio"},
+        env={
+            "PATH": "/usr/bin:/bin",
+            "PYTEST_ADDOPTS": "-p no:cacheprovider -p no:asyncio -p no:rerunfailures",
+            "SMOLVM_STATE_DIR": str(tmp_path / "state"),
+        },
     )
     result = json.loads(done.stdout.partition("RESULT")[2])
     assert result == {"code": 0, "loaded": [], "plugin": True}
