@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
@@ -94,8 +95,6 @@ def _adopt(config: pytest.Config) -> None:
     summary = summary_of(config)
     if ourselves is None or summary is None:
         return
-    from pathlib import Path
-
     from pytest_smolvm.plugin import retention
     from pytest_smolvm.statedir import default_state_dir
     from pytest_smolvm.store import Store
@@ -184,6 +183,20 @@ def _group_of(item: pytest.Item, config: pytest.Config) -> str:
     parent = item.getparent(node) if node else None
     if scope != "session" and parent is None:
         return ""
-    told_apart = repr([parent.nodeid if parent else "", sorted(arguments.items())])
+    told_apart = repr([parent.nodeid if parent else "", _described(arguments)])
     digest = hashlib.sha256(told_apart.encode()).hexdigest()[:8]
     return f"smolvm-{scope}-{digest}"
+
+
+def _described(value: Any) -> object:
+    """What all workers say of a value alike: no addresses, no order of hashes.
+
+    That different values are described alike does no harm: their tests merely stay together.
+    """
+    if isinstance(value, Mapping):
+        return sorted((str(key), _described(entry)) for key, entry in value.items())
+    if isinstance(value, (list, tuple)):
+        return [_described(entry) for entry in value]
+    if isinstance(value, (str, int, float, PurePath, type(None))):
+        return str(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)

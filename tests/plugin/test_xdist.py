@@ -103,6 +103,30 @@ def test_without_groups_each_worker_has_one_vm_for_the_session(
     assert kept() == {}
 
 
+def test_all_workers_give_a_group_the_same_name_whatever_a_marker_holds(
+    fake_suite: Suite, boots: Count
+) -> None:
+    # A function's address and a set's order differ between workers, which would then
+    # seem to have collected different tests.
+    fake_suite(
+        """
+        import pytest
+        from pathlib import Path
+
+        def install(vm): vm.run("echo installed")
+
+        @pytest.mark.smolvm(scope="module", prepare=install, kernel_path=Path("kernel"))
+        @pytest.mark.parametrize("number", range(4))
+        def test_one(smolvm, number): pass
+
+        @pytest.mark.smolvm(scope="module", prepare=lambda vm: None, bogus={"a", "b", "c"})
+        def test_wrong(smolvm): pass
+        """,
+        *("-n2", "--dist=loadgroup"),
+    ).assert_outcomes(passed=4, errors=1)
+    assert boots() == 1
+
+
 def test_a_group_that_the_user_gave_stands(fake_suite: Suite, pytester: pytest.Pytester) -> None:
     fake_suite(
         """
