@@ -22,12 +22,13 @@ from typing import Any
 import click
 from pydantic import ValidationError
 
-from pytest_smolvm.diagnosis import harmless, read_console
+from pytest_smolvm.diagnosis import read_console
 from pytest_smolvm.errors import SmolVMError
 from pytest_smolvm.inventory import Entry, inventory
 from pytest_smolvm.records import VMState
 from pytest_smolvm.statedir import STATE_DIR_VARIABLE
 from pytest_smolvm.store import Store
+from pytest_smolvm.terminal import harmless
 from pytest_smolvm.vm import JoinedVM, SmolVM
 
 _UNITS = ((86400, "d"), (3600, "h"), (60, "m"))

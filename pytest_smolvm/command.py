@@ -16,6 +16,7 @@ import paramiko
 from pytest_smolvm.config import check_env_vars
 from pytest_smolvm.errors import CommandFailedError, OperationTimeoutError, SmolVMError
 from pytest_smolvm.process import Deadline, wait_readable
+from pytest_smolvm.terminal import harmless
 
 Shell = Literal["login", "raw"]
 
@@ -77,7 +78,9 @@ class CommandResult:
 def _sections(stdout: str, stderr: str) -> str:
     text = ""
     for name, output in (("stdout", stdout), ("stderr", stderr)):
-        text += f"\n--- {name} ---\n{shorten(output)}" if output else f"\n({name} is empty)"
+        text += (
+            f"\n--- {name} ---\n{harmless(shorten(output))}" if output else f"\n({name} is empty)"
+        )
     return text
 
 

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from pathlib import Path
 
 from pytest_smolvm.backends.base import MachineEnd
 from pytest_smolvm.errors import BackendError, OperationTimeoutError
+from pytest_smolvm.terminal import harmless
 
 CONSOLE_TAIL_LINES = 30
 _TAIL_BYTES = 64 << 10
 _LINES_SEARCHED = 150
 _LINES_BEFORE_COMPLAINT = 8
 _COMPLAINTS = ("Kernel panic", "Oops:", "BUG:", "Out of memory")
-
-# Terminal escape sequences (ECMA-48) and other control characters: what a guest
-# prints must not drive the terminal of whoever reads the report.
-_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
-_CONTROLS = re.compile(r"[^\t\n\x20-\x7e\xa0-\U0010ffff]")
-
-
-def harmless(text: str) -> str:
-    """``text`` without what could drive a terminal."""
-    text = _ESCAPES.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
-    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def read_console(path: Path) -> str:

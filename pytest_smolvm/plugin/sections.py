@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pytest_smolvm.diagnosis import harmless, last_lines
+from pytest_smolvm.diagnosis import last_lines
 from pytest_smolvm.journal import Entry
+from pytest_smolvm.terminal import harmless
 from pytest_smolvm.vm import SmolVM
 
 _COMMANDS_SHOWN = 5

@@ -153,3 +153,18 @@ def test_a_server_that_does_not_answer_is_waited_for_no_longer_than_the_timeout(
             assert not mute.answered
         finally:
             mute.over.set()
+            # Answered in its turn: then nothing is on its way any more to what is closed next.
+            client.global_request("ping@example.org", wait=True)
+
+
+def test_an_error_shows_what_a_command_printed_without_what_drives_terminals() -> None:
+    printed = CommandResult(
+        1, "\x1b[2J\x1b[31mred\x1b[0m\r\nnext", "\x1b]0;title\x07bell\x07", 0.1, "c"
+    )
+    with pytest.raises(CommandFailedError) as caught:
+        printed.check()
+    text = str(caught.value)
+    assert "red\nnext" in text
+    assert "bell\N{REPLACEMENT CHARACTER}" in text
+    assert not {"\x1b", "\x07", "\r"} & set(text)
+    assert caught.value.result is printed, "what it really printed is still there"
