@@ -135,6 +135,11 @@ def _end(daemon: subprocess.Popen[bytes]) -> None:
     daemon.wait(30)
 
 
-def needs() -> str:
+def why_not() -> str:
     """Why there can be no hosts here; empty: there can."""
-    return "" if os.geteuid() == 0 else "network namespaces of one's own take root"
+    if os.geteuid() != 0:
+        return "network namespaces of one's own take root"
+    tried = subprocess.run(
+        ["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, check=False
+    )
+    return f"namespaces cannot be made: {tried.stderr!r}" if tried.returncode else ""

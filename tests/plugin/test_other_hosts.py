@@ -33,8 +33,8 @@ def test_one(smolvm, number):
 
 @pytest.fixture
 def two_hosts(tmp_path: Path) -> Iterator[hosts.Hosts]:
-    if why_not := hosts.needs():
-        pytest.skip(why_not)
+    if problem := hosts.why_not():
+        pytest.skip(problem)
     with hosts.two_hosts(tmp_path) as found:
         for host in found.others:
             with_shared_caches(host.state_dir)

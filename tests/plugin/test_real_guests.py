@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import qemu_pids
+from tests.plugin.runs import interrupt, start
 
 
 def test_real_vms_are_booted_one_per_test_and_shown_when_it_fails(
@@ -92,36 +89,24 @@ def test_ctrl_c_leaves_nothing(
     pytester: pytest.Pytester, micro: tuple[Path, Path], state_dir: Path, when: str
 ) -> None:
     others = qemu_pids()
+    marker = pytester.path / "in-the-test"
     pytester.makepyfile(
-        """
+        f"""
         import time
+        from pathlib import Path
 
         def test_long(smolvm):
-            print("in the test", flush=True)
+            Path("{marker}").touch()
             time.sleep(600)
         """
     )
-    run = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-s", "--smolvm-retain=none"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    with run:
-        assert run.stdout is not None
-        if when == "in the test":
-            while "in the test" not in run.stdout.readline():
-                assert run.poll() is None
-        else:
-            deadline = time.monotonic() + 120
-            while not qemu_pids() - others:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-        # As a terminal does it: to the whole process group.
-        os.killpg(run.pid, signal.SIGINT)
-        output, _ = run.communicate(timeout=60)
-    assert run.returncode == pytest.ExitCode.INTERRUPTED, output
+    run = start("--smolvm-retain=none")
+    signs = [marker] if when == "in the test" else []
+    deadline = time.monotonic() + 120
+    while not qemu_pids() - others:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    output = interrupt(run, *signs)
     assert "KeyboardInterrupt" in output
     assert list((state_dir / "vms").iterdir()) == []
     assert qemu_pids() == others

@@ -14,7 +14,7 @@ import pytest
 from pytest_smolvm.identity import ProcessIdentity
 from pytest_smolvm.inventory import Entry, inventory
 from pytest_smolvm.store import Store
-from tests.plugin.test_retention import start, wait_for
+from tests.plugin.runs import interrupt, start, wait_for
 
 # Machines that nobody waits for: their guests are asked for nothing, so each takes a
 # fraction of a second, while directories, locks, disks and ports are those of any other.
@@ -127,11 +127,7 @@ def test_a_worker_ends_machines_that_are_past_answering_before_xdist_ends_it(
             time.sleep(600)
         """
     )
-    with start("-n1", "-p", "no:cacheprovider") as run:
-        wait_for(marker, run)
-        os.killpg(run.pid, signal.SIGINT)
-        output, _ = run.communicate(timeout=60)
-    assert run.returncode == pytest.ExitCode.INTERRUPTED, output
+    interrupt(start("-n1", "-p", "no:cacheprovider"), marker)
     entries = inventory(Store(no_vms))
     # By the worker, that is: not by the controller, when the worker had been killed.
     assert reasons(entries) == ["the run was interrupted in it"] * 3
@@ -159,12 +155,8 @@ def test_ctrl_c_is_seen_by_all_workers_which_keep_what_they_were_at(
             smolvm.run("sleep 600", timeout=600)
         """
     )
-    with start("-n2", "-p", "no:cacheprovider") as run:
-        for number in range(2):
-            wait_for(Path(f"{marker}-{number}"), run)
-        os.killpg(run.pid, signal.SIGINT)
-        output, _ = run.communicate(timeout=60)
-    assert run.returncode == pytest.ExitCode.INTERRUPTED, output
+    signs = [Path(f"{marker}-{number}") for number in range(2)]
+    interrupt(start("-n2", "-p", "no:cacheprovider"), *signs)
     entries = inventory(Store(no_vms))
     # Ended by their workers, within the time that xdist gives them: had it killed
     # them, the reason would be that their owner died.

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.plugin.conftest import Suite, commands_in, entries
+from tests.plugin.runs import interrupt, start
 
 Kept = Callable[[], dict[str, str]]
 
@@ -111,24 +108,6 @@ def test_the_default_keeps_what_failed(fake_suite: Suite, kept: Kept) -> None:
     assert kept() == kept_of("failed", EVERY_KIND)
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "pytest", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("policy", WHAT_IS_KEPT)
 def test_a_test_that_ctrl_c_ended_did_not_pass(
     fake_suite: Suite, pytester: pytest.Pytester, kept: Kept, policy: str
@@ -136,11 +115,7 @@ def test_a_test_that_ctrl_c_ended_did_not_pass(
     marker = pytester.path / "hanging"
     source = INTERRUPTED.format(marker=marker)
     fake_suite(source, "--collect-only")
-    with start(f"--smolvm-retain={policy}") as run:
-        wait_for(marker, run)
-        os.killpg(run.pid, signal.SIGINT)
-        output, _ = run.communicate(timeout=30)
-    assert run.returncode == pytest.ExitCode.INTERRUPTED, output
+    output = interrupt(start(f"--smolvm-retain={policy}"), marker)
     assert kept() == kept_of(policy, source)
     for entry in entries_of(kept):
         if entry.record.usage.test.endswith("::test_interrupted"):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.plugin.conftest import CONFTEST, ROOT, Suite, entries
-from tests.plugin.test_retention import start, wait_for
+from tests.plugin.runs import interrupt, start
 
 Count = Callable[[], int]
 Kept = Callable[[], dict[str, str]]
@@ -232,12 +230,7 @@ def test_workers_that_are_interrupted_end_their_vms_themselves(
         def test_long(smolvm, smolvm_session, number): smolvm.run(f"hang {marker}-{{number}}")
         """
     fake_suite(source.format(marker=marker), "--collect-only")
-    with start("-n2") as run:
-        for number in range(2):
-            wait_for(Path(f"{marker}-{number}"), run)
-        os.killpg(run.pid, signal.SIGINT)
-        output, _ = run.communicate(timeout=60)
-    assert run.returncode == pytest.ExitCode.INTERRUPTED, output
+    interrupt(start("-n2"), *(Path(f"{marker}-{number}") for number in range(2)))
     # Had a worker been killed, its owner's death would be the reason.
     assert kept() == {
         "test_long[0]": "the run was interrupted in it",
@@ -256,10 +249,7 @@ def test_the_vms_of_a_worker_that_xdist_had_to_kill_are_kept_too(
             while True: smolvm.run("hang {marker}")
         """
     fake_suite(source, "--collect-only")
-    with start("-n1") as run:
-        wait_for(marker, run)
-        os.killpg(run.pid, signal.SIGINT)
-        output, _ = run.communicate(timeout=60)
+    output = interrupt(start("-n1"), marker)
     (reason,) = kept().values()
     assert "died" in reason
     assert "kept: vm-" in output
