@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import platform
-import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ def _new_session_id() -> str:
     seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
     moment = time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))
     # Two runs may begin in one moment: the rest tells them apart.
-    return f"{moment}.{nanoseconds // 1000:06}-{secrets.token_hex(3)}"
+    return f"{moment}.{nanoseconds // 1000:06}-{os.urandom(3).hex()}"
 
 
 def fleet_of(config: pytest.Config) -> Fleet:
