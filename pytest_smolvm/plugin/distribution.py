@@ -36,11 +36,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> Generator[None, int,
     mem_size_mib: int = settings_of(config).config_fields.get("mem_size_mib", DEFAULT_MEM_SIZE_MIB)
     fitting = max(1, available // (mem_size_mib + OVERHEAD_MIB))
     if fitting < wanted:
+        asked_for = config.option.numprocesses  # auto, or logical
         config.stash[_capped_key] = (
-            f"smolvm: -n auto starts {fitting} workers, not {wanted}: {available} MiB of memory "
-            f"are free, and a worker with a VM of {mem_size_mib} MiB takes "
+            f"smolvm: -n {asked_for} starts {fitting} of {wanted} workers: {available} MiB of "
+            f"memory are free, and a worker with a VM of {mem_size_mib} MiB takes "
             f"{mem_size_mib + OVERHEAD_MIB}; smolvm_mem_size_mib makes VMs smaller, and a number "
-            "in the place of auto is taken as it is"
+            f"in the place of {asked_for} is taken as it is"
         )
     return min(wanted, fitting)
 

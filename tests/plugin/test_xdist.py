@@ -184,8 +184,17 @@ def test_n_auto_is_capped_by_memory(
     if workers == 4:
         assert said == []
     else:
-        assert said[0].startswith(f"smolvm: -n auto starts {workers} workers, not 4")
+        assert said[0].startswith(f"smolvm: -n auto starts {workers} of 4 workers: ")
         assert f"{available} MiB of memory" in said[0]
+
+
+def test_n_logical_is_capped_too_and_called_by_its_name(
+    fake_suite: Suite, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTEST_XDIST_AUTO_NUM_WORKERS", "4")
+    pytester.makeconftest(AUTO.format(root=str(ROOT), available=1000))
+    result = fake_suite("def test_one(smolvm): pass\n", "-nlogical")
+    result.stdout.fnmatch_lines(["smolvm: -n logical starts 1 of 4 workers: *place of logical*"])
 
 
 def test_a_number_of_workers_is_taken_as_it_is(
