@@ -11,6 +11,7 @@ import pytest
 from pytest_smolvm.plugin import (
     debugging,
     distribution,
+    grouping,
     hooks,
     hookspecs,
     options,
@@ -33,8 +34,8 @@ __all__ = [
     "smolvm_session",
 ]
 
-# Not named in pytest_plugins: pytest before 8.4 warns of those that are loaded already.
-_PARTS = (options, settings, hooks, summary, debugging, distribution)
+# Not named in pytest_plugins: pytest 8.0 warns of those that are loaded already.
+_PARTS = (options, settings, hooks, summary, debugging, distribution, grouping)
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
