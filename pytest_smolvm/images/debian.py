@@ -24,6 +24,7 @@ from pytest_smolvm.statedir import make_private_dir, read_json, write_json
 _HOST_LISTS = Path("/var/lib/apt/lists")
 _HOST_SOURCES = Path("/etc/apt")
 _APT_TIMEOUT_S = 900
+_FORMAT = 2  # raised whenever the same lists would be understood otherwise
 
 Progress = Callable[[str], None]
 
@@ -48,7 +49,7 @@ class DebianPackages:
         self._apt_cache = find_tool("apt-cache", "apt")
         self._dpkg_deb = find_tool("dpkg-deb", "dpkg")
         self._own_lists = False
-        for name in ("lists/partial", "archives/partial"):
+        for name in ("lists/partial", "archives", "apt/archives/partial"):
             (self._cache / name).mkdir(parents=True, exist_ok=True)
         (self._cache / "status").touch()
 
@@ -119,7 +120,13 @@ class DebianPackages:
                 f"apt cannot resolve {', '.join(packages)}; are the package lists fresh "
                 f"(apt-get update)?\n{error.message}"
             ) from error
-        return sorted(_parse_uris(text))
+        found = sorted(_parse_uris(text))
+        unnamed = set(packages) - {package.name for package in found}
+        if unnamed:
+            raise ImageError(
+                f"apt did not say where {', '.join(sorted(unnamed))} can be had; it said:\n{text}"
+            )
+        return found
 
     def _choose_kernel(self, names: list[str]) -> str:
         """The package with the files behind the first meta package that there is."""
@@ -157,8 +164,8 @@ class DebianPackages:
     def _run(self, tool: str, *arguments: str, cwd: Path | None = None) -> str:
         options = {
             "Dir::State::status": str(self._cache / "status"),
-            "Dir::Cache": str(self._cache),
-            "Dir::Cache::archives": str(self._cache / "archives"),
+            # Not where our package files lie: apt would leave those out of its answers.
+            "Dir::Cache": str(self._cache / "apt"),
             "APT::Install-Recommends": "false",
             # Root would otherwise download as a user that cannot write to our folder.
             "APT::Sandbox::User": "root",
@@ -174,7 +181,7 @@ class DebianPackages:
     def _stamp(self, packages: list[str], kernels: list[str]) -> str:
         """Changes whenever apt might answer differently."""
         lists = self._cache / "lists" if self._own_lists else _HOST_LISTS
-        digest = hashlib.sha256(repr((packages, kernels)).encode())
+        digest = hashlib.sha256(repr((_FORMAT, packages, kernels)).encode())
         for folder in (lists, _HOST_SOURCES, _HOST_SOURCES / "sources.list.d"):
             with contextlib.suppress(OSError):
                 for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):

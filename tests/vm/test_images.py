@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from pytest_smolvm import SSH_BOOT_ARGS, ImageBuilder, ImageError, SmolVM, VMConfig
+from pytest_smolvm.images.debian import DebianPackages
 from pytest_smolvm.images.kernel import ELF_MAGIC
+from pytest_smolvm.images.micro import KERNELS, PACKAGES
 
 BUILD = """
 import sys
@@ -222,3 +224,27 @@ def test_a_host_without_apt_is_told_what_to_do_instead(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ImageError, match="'apt-get' is not installed"):
         ImageBuilder(tmp_path / "cache").build_micro_ssh_key()
+
+
+def test_what_is_cached_is_asked_for_again_when_the_package_lists_have_changed(
+    micro: tuple[Path, Path], tmp_path: Path
+) -> None:
+    # As after an apt-get update of the host, with the package files there already.
+    cache = micro[0].parents[1] / "debian"
+    (tmp_path / "archives").symlink_to(cache / "archives")
+    first = DebianPackages(tmp_path, print).resolve(PACKAGES, KERNELS)
+    (memory,) = tmp_path.glob("resolved-*.json")
+    memory.unlink()
+    again = DebianPackages(tmp_path, print)
+    assert again.resolve(PACKAGES, KERNELS) == first
+    assert {*PACKAGES, "libc6"} <= {package.name for package in first}
+    assert all(path.exists() for path in again.download(first))
+
+
+def test_packages_that_apt_says_nothing_of_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages = DebianPackages(tmp_path, print)
+    monkeypatch.setattr(packages, "_run", lambda *_arguments, **_options: "Depends: linux-image-1")
+    with pytest.raises(ImageError, match="did not say where busybox-static, dropbear-bin can be"):
+        packages.resolve(PACKAGES, KERNELS)
