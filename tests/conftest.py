@@ -8,6 +8,8 @@ shared with other runs, being a cache.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ from typing import Any
 import pytest
 
 from pytest_smolvm import SSH_BOOT_ARGS, ImageBuilder, SmolVM, VMConfig
-from pytest_smolvm.inventory import inventory
 from pytest_smolvm.statedir import default_state_dir
 from pytest_smolvm.store import Store
 
 _shared_state = default_state_dir()
+
+COMMAND = Path(sys.executable).with_name("pytest-smolvm")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,7 +32,8 @@ def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("SMOLVM_STATE_DIR", str(root))
         yield root
         # The last test's own VMs end after its fixtures: they have an owner still.
-        left = [entry.vm_id for entry in inventory(Store(root)) if not entry.live]
+        store = Store(root)
+        left = sorted(path.name for path in store.vms.glob("*") if not store.is_owned(path.name))
         assert not left, f"this run left VM directories behind: {left}"
 
 
@@ -99,6 +103,15 @@ def guest(shared_guest: SmolVM) -> SmolVM:
 
 def changed(config: VMConfig, **fields: Any) -> VMConfig:
     return config.model_copy(update=fields)
+
+
+def cli(*arguments: str, expected: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command pytest-smolvm as a user does, in a process of its own."""
+    done = subprocess.run(
+        [COMMAND, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == expected, done.stdout + done.stderr
+    return done
 
 
 def qemu_pids() -> set[int]:

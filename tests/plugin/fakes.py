@@ -24,8 +24,10 @@ from pytest_smolvm import CommandResult, SmolVMError, access, vm
 from pytest_smolvm import guest as guests
 from pytest_smolvm.backends.base import MachineEnd, MachineSpec
 from pytest_smolvm.errors import BackendError
+from pytest_smolvm.inventory import inventory
 from pytest_smolvm.process import Deadline, MachineProcess
 from pytest_smolvm.ssh import Login
+from pytest_smolvm.store import shared_store
 
 _machines: dict[tuple[str, int], FakeMachine] = {}
 
@@ -182,9 +184,6 @@ def install() -> None:
 
 def live_vms() -> list[str]:
     """The VMs whose machines run."""
-    from pytest_smolvm.inventory import inventory
-    from pytest_smolvm.store import shared_store
-
     return [
         entry.vm_id
         for entry in inventory(shared_store())

@@ -7,15 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
+Sign = Callable[[], object]
+
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    """A run in a process group of its own."""
+    """A run in a process group of its own, which shares no cache with one beside it."""
     return subprocess.Popen(
-        [sys.executable, "-m", "pytest", *arguments],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -23,17 +25,17 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    """Wait until a run has made a file."""
+def wait_for(happened: Sign, process: subprocess.Popen[str]) -> None:
+    """Wait until a run has brought something about."""
     deadline = time.monotonic() + 120
-    while not path.exists():
+    while not happened():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, f"the run did not make {path}"
+        assert time.monotonic() < deadline, f"in vain for {happened}"
         time.sleep(0.01)
 
 
-def interrupt(run: subprocess.Popen[str], *signs: Path) -> str:
-    """Press Ctrl-C, once there are these files; returns what the run printed."""
+def interrupt(run: subprocess.Popen[str], *signs: Sign) -> str:
+    """Press Ctrl-C, once all of this has happened; returns what the run printed."""
     with run:
         for sign in signs:
             wait_for(sign, run)

@@ -106,8 +106,6 @@ def test_what_a_guide_says_happens(
     (home / "pytest-smolvm").symlink_to(no_vms)
     monkeypatch.setenv("XDG_STATE_HOME", str(home))
     monkeypatch.delenv("SMOLVM_STATE_DIR")
-    monkeypatch.delenv("CI", raising=False)
-    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:cacheprovider -p no:asyncio -p no:rerunfailures")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("COLUMNS", "80")
     folder = tmp_path / "project"

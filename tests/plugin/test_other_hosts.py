@@ -11,7 +11,7 @@ import pytest
 
 from pytest_smolvm.inventory import inventory
 from pytest_smolvm.store import Store
-from tests.conftest import with_shared_caches
+from tests.conftest import COMMAND, with_shared_caches
 from tests.plugin import hosts
 
 SOURCE = """
@@ -67,10 +67,9 @@ def test_workers_on_two_other_hosts_keep_their_vms_there(
     assert f"on {host.name}: {line}" in done.stdout
 
     # Back in, on the host that has it.
-    script = Path(sys.executable).with_name("pytest-smolvm")
     entered = subprocess.run(
         two_hosts.command(
-            *("ssh", "-F", str(host.ssh_config), host.name, f"{script.parent}/{line} hostname")
+            *("ssh", "-F", str(host.ssh_config), host.name, f"{COMMAND.parent}/{line} hostname")
         ),
         capture_output=True,
         text=True,

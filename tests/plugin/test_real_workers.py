@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from pytest_smolvm.identity import ProcessIdentity
 from pytest_smolvm.inventory import Entry, inventory
 from pytest_smolvm.store import Store
+from tests.conftest import cli
 from tests.plugin.runs import interrupt, start, wait_for
 
 # Machines that nobody waits for: their guests are asked for nothing, so each takes a
@@ -44,7 +44,7 @@ def test_two_runs_of_two_workers_at_once_do_not_get_in_each_others_way(
     told = pytester.path / "told"
     monkeypatch.setenv("TOLD", str(told))
     pytester.makepyfile(MANY.format(count=100))
-    outputs = finish([start("-n2", "-p", "no:cacheprovider") for _ in range(2)])
+    outputs = finish([start("-n2") for _ in range(2)])
     for output in outputs:
         assert "100 passed" in output
     vm_ids = [line.split()[0] for line in told.read_text().splitlines()]
@@ -64,7 +64,7 @@ def test_an_image_is_built_once_for_all_workers_and_all_runs_at_once(
         def test_one(smolvm_config, number): assert smolvm_config.rootfs_path.exists()
         """
     )
-    outputs = finish([start("-n2", "-p", "no:cacheprovider") for _ in range(2)])
+    outputs = finish([start("-n2") for _ in range(2)])
     text = "".join(outputs)
     assert text.count("image micro: making the root disk") == 1
     assert text.count("image micro: ready") == 1
@@ -90,8 +90,8 @@ def test_a_worker_that_is_killed_takes_its_machines_with_it(
                 time.sleep(600)
         """
     )
-    with start("-n1", "-p", "no:cacheprovider", "--max-worker-restart=0") as run:
-        wait_for(marker, run)
+    with start("-n1", "--max-worker-restart=0") as run:
+        wait_for(marker.exists, run)
         entries = inventory(Store(no_vms))
         assert len(entries) == 2
         machines = [ProcessIdentity.of(entry.record.machine_pid or 0) for entry in entries]
@@ -127,7 +127,7 @@ def test_a_worker_ends_machines_that_are_past_answering_before_xdist_ends_it(
             time.sleep(600)
         """
     )
-    interrupt(start("-n1", "-p", "no:cacheprovider"), marker)
+    interrupt(start("-n1"), marker.exists)
     entries = inventory(Store(no_vms))
     # By the worker, that is: not by the controller, when the worker had been killed.
     assert reasons(entries) == ["the run was interrupted in it"] * 3
@@ -155,18 +155,9 @@ def test_ctrl_c_is_seen_by_all_workers_which_keep_what_they_were_at(
             smolvm.run("sleep 600", timeout=600)
         """
     )
-    signs = [Path(f"{marker}-{number}") for number in range(2)]
-    interrupt(start("-n2", "-p", "no:cacheprovider"), *signs)
+    interrupt(start("-n2"), *(Path(f"{marker}-{number}").exists for number in range(2)))
     entries = inventory(Store(no_vms))
     # Ended by their workers, within the time that xdist gives them: had it killed
     # them, the reason would be that their owner died.
     assert reasons(entries) == ["the run was interrupted in it"] * 2
-    script = Path(sys.executable).with_name("pytest-smolvm")
-    done = subprocess.run(
-        [script, "ssh", entries[0].vm_id, "cat /root/canary"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.stdout == "canary\n", done.stderr
+    assert cli("ssh", entries[0].vm_id, "cat /root/canary").stdout == "canary\n"

@@ -239,7 +239,7 @@ def test_workers_that_are_interrupted_end_their_vms_themselves(
         def test_long(smolvm, smolvm_session, number): smolvm.run(f"hang {marker}-{{number}}")
         """
     fake_suite(source.format(marker=marker), "--collect-only")
-    interrupt(start("-n2"), *(Path(f"{marker}-{number}") for number in range(2)))
+    interrupt(start("-n2"), *(Path(f"{marker}-{number}").exists for number in range(2)))
     # Had a worker been killed, its owner's death would be the reason.
     assert kept() == {
         "test_long[0]": "the run was interrupted in it",
@@ -258,7 +258,7 @@ def test_the_vms_of_a_worker_that_xdist_had_to_kill_are_kept_too(
             while True: smolvm.run("hang {marker}")
         """
     fake_suite(source, "--collect-only")
-    output = interrupt(start("-n1"), marker)
+    output = interrupt(start("-n1"), marker.exists)
     (reason,) = kept().values()
     assert "died" in reason
     assert "kept: vm-" in output

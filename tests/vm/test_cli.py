@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,19 +13,7 @@ from pytest_smolvm import SmolVM, VMConfig
 from pytest_smolvm.cli import main
 from pytest_smolvm.records import Usage
 from pytest_smolvm.store import shared_store
-
-
-def cli(*arguments: str, expected: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run it as a user does, in a process of its own."""
-    done = subprocess.run(
-        [Path(sys.executable).with_name("pytest-smolvm"), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == expected, done.stdout + done.stderr
-    return done
+from tests.conftest import cli
 
 
 @pytest.fixture
