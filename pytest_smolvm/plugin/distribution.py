@@ -115,8 +115,5 @@ def _adopt(config: pytest.Config) -> None:
         for record in adopted
     )
     if adopted:
-        settings = settings_of(config)
-        retention.enforce(
-            store.root, run, count=settings.retention_count, max_mib=settings.retention_max_mib
-        )
+        retention.enforce(store.root, config)
     store.sweep()

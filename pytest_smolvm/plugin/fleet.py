@@ -14,6 +14,7 @@ import pytest
 from pytest_smolvm.config import VMConfig
 from pytest_smolvm.plugin import outcomes, retention
 from pytest_smolvm.plugin.events import Event
+from pytest_smolvm.plugin.grouping import name_of
 from pytest_smolvm.plugin.header import describe_host
 from pytest_smolvm.plugin.progress import told_when_slow
 from pytest_smolvm.plugin.session import run_of
@@ -164,18 +165,13 @@ class Fleet:
             vm.delete()
             if not vm.directory.exists():
                 return
-            reason, test = "retain_disk_on_delete=True", outcomes.name_of(lease.users[-1].node)
+            reason, test = "retain_disk_on_delete=True", name_of(lease.users[-1].node)
         else:
-            reason, test = verdict.reason, outcomes.name_of(verdict.node)
+            reason, test = verdict.reason, name_of(verdict.node)
             vm.usage = vm.usage.model_copy(update={"test": test})
             vm.retain(reason)
         self._tell(kind="retained", vm=vm, test=test, reason=reason, directory=str(vm.directory))
-        retention.enforce(
-            vm.state_dir,
-            self._run,
-            count=self._settings.retention_count,
-            max_mib=self._settings.retention_max_mib,
-        )
+        retention.enforce(vm.state_dir, self._config)
 
     # -- within ---------------------------------------------------------------
 
@@ -200,11 +196,11 @@ class Fleet:
         lease.vm.usage = self._usage(user, lease.users)
         _set_properties(user.node, lease.vm)
         if not first:
-            self._tell(kind="reused", vm=lease.vm, test=outcomes.name_of(user.node))
+            self._tell(kind="reused", vm=lease.vm, test=name_of(user.node))
 
     def _replace(self, lease: Lease, node: Node, why: str) -> None:
         self._leases.remove(lease)
-        self._tell(kind="replaced", vm=lease.vm, test=outcomes.name_of(node), reason=why)
+        self._tell(kind="replaced", vm=lease.vm, test=name_of(node), reason=why)
         if isinstance(node, pytest.Item):
             text = f"{lease.vm.vm_id}, which was shared, {why}: another took its place"
             outcomes.add_note(node, text)
@@ -235,9 +231,7 @@ class Fleet:
         self._leases.append(lease)
         vm.usage = self._usage(user, lease.users)
         try:
-            with told_when_slow(
-                self._config, f"{vm.vm_id} is booting for {outcomes.name_of(user.node)}"
-            ):
+            with told_when_slow(self._config, f"{vm.vm_id} is booting for {name_of(user.node)}"):
                 vm.start(boot_timeout=wanted.boot_timeout, keep_failed=True)
             self._tell_booted(vm, user)
             lease.never_ready = "it could not be prepared"
@@ -259,7 +253,7 @@ class Fleet:
         if heir is None or all(known.policy == "none" for known in users):
             heir = None
         return Usage(
-            test=outcomes.name_of(user.node),
+            test=name_of(user.node),
             project=self._run.project,
             session=self._run.session_id,
             heir_pid=heir[0] if heir else None,
@@ -271,7 +265,7 @@ class Fleet:
             self._config.stash[_header_told_key] = True
             self._events.append(Event(kind="header", text=describe_host(self._settings)))
         took = sum(vm.timings.values())
-        self._tell(kind="booted", vm=vm, test=outcomes.name_of(user.node), seconds=took)
+        self._tell(kind="booted", vm=vm, test=name_of(user.node), seconds=took)
 
     def _tell(self, *, vm: SmolVM, **facts: Any) -> None:
         state_dir = str(vm.state_dir)

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from pytest_smolvm.plugin import outcomes
 from pytest_smolvm.plugin.settings import settings_of
 from pytest_smolvm.plugin.wanted import WrongMarkerError, marker_arguments
+
+_name_key = pytest.StashKey[str]()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -22,7 +23,7 @@ def pytest_collection_modifyitems(
     if not getattr(config.option, "loadgroup", False):
         return (yield)
     for item in items:
-        outcomes.remember_name(item)
+        item.stash[_name_key] = item.nodeid
         group = _group_of(item, config)
         if group and item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(group))
@@ -31,6 +32,13 @@ def pytest_collection_modifyitems(
         if any(name.startswith("smolvm") for name in getattr(item, "fixturenames", ())):
             _tell_group(item)
     return result
+
+
+def name_of(node: pytest.Item | pytest.Collector) -> str:
+    """What a person calls a test, and can give to pytest to run it again: without any group."""
+    if isinstance(node, pytest.Session):
+        return "the session"
+    return node.stash.get(_name_key, node.nodeid)
 
 
 def _tell_group(item: pytest.Item) -> None:

@@ -16,7 +16,6 @@ _PHASES = {
 _failures_key = pytest.StashKey[list[str]]()
 _done_key = pytest.StashKey[bool]()
 _notes_key = pytest.StashKey[list[str]]()
-_name_key = pytest.StashKey[str]()
 
 
 @dataclass(frozen=True)
@@ -47,18 +46,6 @@ def note(item: pytest.Item, report: pytest.TestReport) -> None:
         item.stash.setdefault(_failures_key, []).append(_PHASES[report.when])
     if report.when == "teardown":
         item.stash[_done_key] = True
-
-
-def remember_name(item: pytest.Item) -> None:
-    """Note the node id as it is now: xdist is about to add the name of a group to it."""
-    item.stash[_name_key] = item.nodeid
-
-
-def name_of(node: pytest.Item | pytest.Collector) -> str:
-    """What a person calls a test, and can give to pytest to run it again."""
-    if isinstance(node, pytest.Session):
-        return "the session"
-    return node.stash.get(_name_key, node.nodeid)
 
 
 def add_note(item: pytest.Item, text: str) -> None:

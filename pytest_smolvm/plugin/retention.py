@@ -5,33 +5,36 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+import pytest
+
 from pytest_smolvm.errors import VMAlreadyExistsError, VMNotFoundError
 from pytest_smolvm.inventory import Entry, inventory
-from pytest_smolvm.plugin.session import TestRun
+from pytest_smolvm.plugin.session import run_of
+from pytest_smolvm.plugin.settings import settings_of
 from pytest_smolvm.statedir import locked
 from pytest_smolvm.store import Store
 
 _LOCK_TIMEOUT_S = 5.0
 
 
-def enforce(state_dir: Path, run: TestRun, *, count: int, max_mib: int) -> None:
-    """Drop what is too much, the oldest first.
+def enforce(state_dir: Path, config: pytest.Config) -> None:
+    """Drop what is too much of this project's, the oldest first.
 
-    ``count`` sessions that kept something stay, this one included; together
-    their VMs take at most ``max_mib`` MiB of disk. When this session alone takes
+    ``smolvm_retention_count`` sessions that kept something stay, this one included; together
+    their VMs take at most ``smolvm_retention_max_mib`` MiB of disk. When this session alone takes
     more, the latest of its VMs lose their disks, and then all the rest: the first
     failures of a run tell most. VMs whose configuration asks for their disk
     to be kept, and live ones, are neither counted nor touched.
     """
-    store = Store(state_dir)
+    store, run, settings = Store(state_dir), run_of(config), settings_of(config)
     with locked(
         store.root / "retention.lock",
         operation="waiting for another test run to clear out old VMs",
         timeout_s=_LOCK_TIMEOUT_S,
     ):
         entries = sorted(_candidates(store, run.project), key=_age_order)
-        entries = _drop_sessions(store, entries, count)
-        _drop_bytes(store, entries, run.session_id, max_mib << 20)
+        entries = _drop_sessions(store, entries, settings.retention_count)
+        _drop_bytes(store, entries, run.session_id, settings.retention_max_mib << 20)
 
 
 def _candidates(store: Store, project: str) -> list[Entry]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -56,10 +56,8 @@ def _describe(config: pytest.Config) -> TestRun:
 
 
 def _new_session_id() -> str:
-    seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
-    moment = time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))
     # Two runs may begin in one moment: the rest tells them apart.
-    return f"{moment}.{nanoseconds // 1000:06}-{os.urandom(3).hex()}"
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{os.urandom(3).hex()}"
 
 
 def fleet_of(config: pytest.Config) -> Fleet:
