@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from pytest_smolvm.images.builder import ImageBuilder
     from pytest_smolvm.records import VMState
+    from pytest_smolvm.templates import Template
     from pytest_smolvm.vm import SmolVM
 
 _HOME = {
@@ -42,6 +43,7 @@ _HOME = {
     "VMNotFoundError": "errors",
     "ImageBuilder": "images.builder",
     "SmolVM": "vm",
+    "Template": "templates",
     "VMState": "records",
 }
 
@@ -57,6 +59,7 @@ __all__ = [
     "OperationTimeoutError",
     "SmolVM",
     "SmolVMError",
+    "Template",
     "VMAlreadyExistsError",
     "VMConfig",
     "VMNotFoundError",

@@ -1,15 +1,19 @@
-"""From a configuration to a machine that runs."""
+"""From a configuration to a machine that runs: booted, or started from a template."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from pytest_smolvm.backends.base import Backend, Machine, MachineSpec
+from pytest_smolvm.backends.base import Backend, Machine, MachineSpec, MemoryFile
 from pytest_smolvm.config import VMConfig
-from pytest_smolvm.disks import Disk
+from pytest_smolvm.disks import Disk, Image, copy_sparsely, create_overlay, link_layer
 from pytest_smolvm.process import Deadline
+from pytest_smolvm.snapshots import CONSOLE, MEMORY, STATE
 from pytest_smolvm.store import Store, VMDirectory
+from pytest_smolvm.templates import Template
 from pytest_smolvm.vmdisk import prepare_disk
 
 BOOT_TIMEOUT_S = 60.0
@@ -18,9 +22,10 @@ BOOT_TIMEOUT_EMULATED_S = 180.0
 
 @dataclass(frozen=True)
 class Launched:
-    """A machine that has begun to boot, and the seconds that each step took."""
+    """A machine that has been started, and the seconds that each step took."""
 
     machine: Machine
+    spec: MachineSpec
     timings: dict[str, float]
     at: float
     """When it was launched (monotonic clock)."""
@@ -34,22 +39,73 @@ def boot_timeout_s(given: float | None, backend: Backend) -> float:
 
 
 def launch(
-    config: VMConfig, backend: Backend, directory: VMDirectory, store: Store, deadline: Deadline
+    config: VMConfig,
+    backend: Backend,
+    directory: VMDirectory,
+    layers: Sequence[Path],
+    store: Store,
+    deadline: Deadline,
 ) -> Launched:
     """Prepare the disk and start the machine; the guest boots on while this returns."""
     began = time.monotonic()
-    disk = prepare_disk(config, directory, store)
+    disk = prepare_disk(config, directory, layers, store)
     disk_done = time.monotonic()
+    _put_console_aside(directory)
+    spec = machine_spec(config, backend, directory, disk)
+    return _launched(backend, spec, deadline, began, disk_done)
+
+
+def launch_from(
+    template: Template,
+    config: VMConfig,
+    backend: Backend,
+    directory: VMDirectory,
+    deadline: Deadline,
+) -> Launched:
+    """Start a machine from a template, on a new disk; it is paused, and its agent waits."""
+    began = time.monotonic()
+    directory.disk.unlink(missing_ok=True)
+    layers = [link_layer(layer, directory.path) for layer in template.layers]
+    disk = create_overlay(config.rootfs_path, directory.disk, layers)
+    disk_done = time.monotonic()
+    _put_console_aside(directory)
+    # A VM's console tells of its boot, whoever booted.
+    copy_sparsely(template.path / CONSOLE, directory.console)
+    spec = machine_spec(
+        config,
+        backend,
+        directory,
+        disk,
+        memory=MemoryFile(template.path / MEMORY, shared=False),
+        state=template.path / STATE,
+    )
+    return _launched(backend, spec, deadline, began, disk_done)
+
+
+def _launched(
+    backend: Backend, spec: MachineSpec, deadline: Deadline, began: float, disk_done: float
+) -> Launched:
+    machine = backend.launch(spec, deadline)
+    launched = time.monotonic()
+    timings = {"disk": disk_done - began, "launch": launched - disk_done}
+    return Launched(machine, spec, timings, launched)
+
+
+def _put_console_aside(directory: VMDirectory) -> None:
     if directory.console.exists():
         # The boot before may be the one that somebody wants to look into.
         directory.console.replace(directory.earlier_console)
-    machine = backend.launch(_spec(config, backend, directory, disk), deadline)
-    launched = time.monotonic()
-    timings = {"disk": disk_done - began, "launch": launched - disk_done}
-    return Launched(machine, timings, launched)
 
 
-def _spec(config: VMConfig, backend: Backend, directory: VMDirectory, disk: Disk) -> MachineSpec:
+def machine_spec(
+    config: VMConfig,
+    backend: Backend,
+    directory: VMDirectory,
+    disk: Disk | None = None,
+    memory: MemoryFile | None = None,
+    state: Path | None = None,
+) -> MachineSpec:
+    """The machine of a configuration. Without ``disk``: as it will be, for ``describe``."""
     initrd = config.effective_initrd_path()
     return MachineSpec(
         vm_id=config.vm_id,
@@ -59,9 +115,11 @@ def _spec(config: VMConfig, backend: Backend, directory: VMDirectory, disk: Disk
         boot_args=config.boot_args,
         vcpu_count=config.vcpu_count,
         mem_size_mib=config.mem_size_mib,
-        disk=disk,
+        disk=disk or Disk(Image(directory.disk, "qcow2")),
         network=config.network,
         accelerator=backend.accelerator,
         console=directory.console,
         machine_log=directory.machine_log,
+        memory=memory,
+        state=state,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 from collections.abc import Callable, Iterator
 
@@ -55,6 +56,13 @@ class Connections:
         transport, banner_at = self._connect(deadline, ssh.BANNER_TIMEOUT_S)
         self._give_back(transport)
         return banner_at
+
+    def open_on(self, sock: socket.socket, deadline: Deadline) -> None:
+        """Log in over an open socket, at the other end of which an SSH server speaks."""
+        transport = ssh.log_in(sock, self._login, deadline)
+        with self._guard:
+            self._open.add(transport)
+        self._give_back(transport)
 
     def close(self) -> None:
         """Close all connections, those in use as well."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,11 @@ class Guest:
     def connect(self, deadline: Deadline) -> float:
         """Wait for the SSH server and log in; returns when the banner came (monotonic)."""
         return self._connections.open(deadline)
+
+    def connect_on(self, sock: socket.socket, deadline: Deadline) -> None:
+        """Log in over an open socket that leads to an SSH server of the guest."""
+        with self._explained("the login"):
+            self._connections.open_on(sock, deadline)
 
     def disconnect(self) -> None:
         self._connections.close()

@@ -141,6 +141,11 @@ class Outside(ABC):
         return self._state
 
     @property
+    def is_running(self) -> bool:
+        """Whether its machine runs now, and is not paused."""
+        return self.status is VMState.RUNNING
+
+    @property
     def console(self) -> str:
         """What the guest has written to its console so far, as it came."""
         text = diagnosis.read_console(self.directory / "console.log")

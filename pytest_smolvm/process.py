@@ -167,6 +167,16 @@ class MachineProcess:
             return ""
 
 
+def processor_time_s(pid: int) -> float:
+    """Seconds of processor time that a process has used so far; 0 if there is no way to tell."""
+    total_ns = 0
+    for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        # Threads come and go, and some hosts do not count.
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            total_ns += int(path.read_text().split()[0])
+    return total_ns / 1e9
+
+
 def _die_with_parent() -> list[str]:
     # util-linux's setpriv makes the prctl(PR_SET_PDEATHSIG) call and becomes the
     # command: no code runs between fork and exec in a threaded Python.

@@ -86,6 +86,8 @@ class VMRecord(BaseModel):
     """SHA-256 of the image under a kept disk."""
     base_stat: list[int] | None = None
     """Size and mtime (ns) of the image under a disk that was kept to be looked at."""
+    layers: list[str] = Field(default_factory=list)
+    """Files beside the disk that it lies over, the nearest first; the image is under them."""
     usage: Usage = Usage()
     retained: Retained | None = None
     """Set when the directory was kept to be looked at; it is never swept then."""

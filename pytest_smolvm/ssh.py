@@ -133,7 +133,7 @@ def connect(
             patience_s = max(banner_timeout_s, (time.monotonic() - began) * _BANNER_TIMEOUT_PART)
             if _banner_comes(sock, min(patience_s, deadline.remaining_s())):
                 banner_at = time.monotonic()
-                transport = _log_in(sock, login, deadline)
+                transport = log_in(sock, login, deadline)
                 return Connected(transport, banner_at)
             last = "the connection was accepted, but no SSH server spoke"
         except (paramiko.SSHException, EOFError, OSError) as error:
@@ -163,7 +163,12 @@ def _banner_comes(sock: socket.socket, timeout_s: float) -> bool:
     return wait_readable(sock.fileno(), timeout_s) and bool(sock.recv(1, socket.MSG_PEEK))
 
 
-def _log_in(sock: socket.socket, login: Login, deadline: Deadline) -> paramiko.Transport:
+def log_in(sock: socket.socket, login: Login, deadline: Deadline) -> paramiko.Transport:
+    """Log in over an open socket, which is closed if that fails.
+
+    Raises ``CommandExecutionUnavailableError`` for a server that is not the expected one or
+    lets nobody in, and what paramiko raises when the conversation breaks off.
+    """
     sock.settimeout(None)
     transport = paramiko.Transport(sock)
     transport.set_log_channel(_TRANSPORT_LOG)

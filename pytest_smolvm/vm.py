@@ -14,12 +14,11 @@ from pydantic import ValidationError
 
 from pytest_smolvm import access, booting, diagnosis, power, registry
 from pytest_smolvm.backends import choose
-from pytest_smolvm.backends.base import Backend, Machine
-from pytest_smolvm.config import SSH_BOOT_ARGS, VMConfig
+from pytest_smolvm.backends.base import Backend, Machine, MachineSpec
+from pytest_smolvm.config import SSH_BOOT_ARGS, VMConfig, generate_vm_id
 from pytest_smolvm.disks import fingerprint
 from pytest_smolvm.errors import (
     ImageError,
-    OperationTimeoutError,
     SmolVMError,
     VMNotFoundError,
 )
@@ -30,7 +29,9 @@ from pytest_smolvm.journal import Journal
 from pytest_smolvm.outside import Outside
 from pytest_smolvm.process import Deadline
 from pytest_smolvm.records import Retained, Usage, VMRecord, VMState, new_record, read_record
+from pytest_smolvm.startup import Preparation, Startup
 from pytest_smolvm.store import Store, VMDirectory, shared_store
+from pytest_smolvm.templates import Template
 from pytest_smolvm.vmdisk import keeps_its_disk, stat_image
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 STOP_TIMEOUT_S = 20.0
 
 
-class SmolVM(Inside, Outside):
+class SmolVM(Startup, Inside, Outside):
     """One virtual machine with a disk of its own.
 
     ``config``: what the machine is; None: the image ``micro`` with the defaults.
@@ -46,6 +47,8 @@ class SmolVM(Inside, Outside):
     ``ssh_key_path``: the private key to log in with; None: the library's own, or
     whichever of yours the image accepts. ``accelerator``: ``"kvm"``, ``"hvf"``,
     ``"tcg"``, or ``"auto"``: the quickest that really runs a guest here.
+    ``restore``: whether it may start from a template, a guest of the same configuration that
+    was saved after its boot; False: it boots.
 
     In a ``with`` statement the VM starts on entry (if it has not) and is deleted on exit. A VM
     ends with the process that made it, however that ends.
@@ -63,11 +66,13 @@ class SmolVM(Inside, Outside):
         ssh_user: str = "root",
         ssh_key_path: Path | str | None = None,
         accelerator: str = "auto",
+        restore: bool = True,
     ) -> None:
         overrides = {"vm_id": vm_id, "backend": backend, "mem_size_mib": mem_size_mib}
         key_path = Path(ssh_key_path).expanduser() if ssh_key_path else None
         self._prepare(_settle_config(config, overrides), shared_store(), ssh_user, key_path)
         self._wanted_accelerator = accelerator
+        self._restore = restore
         self._claim()
 
     def _prepare(
@@ -92,6 +97,14 @@ class SmolVM(Inside, Outside):
         self._journal = Journal(store.vms / config.vm_id)
         self._usage = Usage()
         self._retained: Retained | None = None
+        self._restore = True
+        self._template: Template | None = None
+        self._spec: MachineSpec | None = None
+        self._layers: list[str] = []
+        self._troubles: list[str] = []
+        self._templates_made = 0
+        self._preparing = False
+        self._aborted = False
 
     @classmethod
     def from_id(cls, vm_id: str) -> SmolVM:
@@ -141,14 +154,25 @@ class SmolVM(Inside, Outside):
     ) -> None:
         self.delete()
 
-    def start(self, boot_timeout: float | None = None, *, keep_failed: bool = False) -> Self:
-        """Boot, and wait until the guest lets us in (if its boot arguments offer SSH).
+    def start(
+        self,
+        boot_timeout: float | None = None,
+        *,
+        keep_failed: bool = False,
+        preparation: Preparation | None = None,
+    ) -> Self:
+        """Get the machine to run, and wait until the guest lets us in.
+
+        The first VM of a configuration boots, and a template is made of it; later ones are
+        restored from that (see ``restore``). One whose boot arguments offer no SSH is not
+        waited for.
 
         ``boot_timeout`` is seconds for all of it; None: 60, or 180 where the
         guest is emulated. Raises ``BackendError`` when the machine dies or
         nothing here can run it, ``OperationTimeoutError`` past the timeout; the
         machine is gone then, and so is its directory, but for a kept disk.
         ``keep_failed``: the directory stays then, until ``retain()`` or ``delete()``.
+        ``preparation``: what is to have been done in it, by this VM or by one before it.
         """
         with self._guard:
             self._require_owner("start it")
@@ -157,63 +181,74 @@ class SmolVM(Inside, Outside):
             self._check_not_deleted()
             self._end_machine()
             try:
-                self._boot(boot_timeout)
+                self._boot(boot_timeout, preparation)
             except BaseException:
-                self._give_up(keep=keep_failed)
+                # One that ran, but could not be prepared, is there to be looked at.
+                if not (keep_failed and self._preparing):
+                    self._give_up(keep=keep_failed)
                 raise
             return self
 
-    def _boot(self, boot_timeout: float | None) -> None:
+    def _boot(self, boot_timeout: float | None, preparation: Preparation | None) -> None:
         self._claim()
-        assert self._directory is not None  # noqa: S101 - claimed
         if self._retained is not None and self._retained.without_disk:
             raise ImageError(
                 f"the VM {self.vm_id!r} was kept without its disk: "
                 f"{self._retained.without_disk}. What is left of it lies in {self.directory}",
                 {"vm_id": self.vm_id},
             )
-        login = None
-        if self._config.offers_ssh:
-            login = access.prepare_login(
-                self._config, self._ssh_user, self._ssh_key_path, self._store
-            )
-            self._host_key = login.host_key
-        elif self._config.env_vars:
-            access.check_offers_ssh(self._config)
-        self._backend = choose(self._store, self._config.backend, self._wanted_accelerator)
-        deadline = Deadline(booting.boot_timeout_s(boot_timeout, self._backend), "boot_timeout")
-        launched = booting.launch(
-            self._config, self._backend, self._directory, self._store, deadline
-        )
-        self._machine = launched.machine
-        self._timings = launched.timings
-        self._state = VMState.RUNNING
-        self._write_record()
-        if login is not None:
-            self._guest = Guest(self._machine.ssh_address, login, self._check_usable, self._journal)
-            banner_at = self._connect(deadline, "while booting")
-            connected = time.monotonic()
-            self._timings["boot"] = banner_at - launched.at
-            self._timings["ssh"] = connected - banner_at
-            self._machine.booted()
-            if self._config.env_vars:
-                self._guest.set_env_vars(self._config.env_vars)
-        logger.debug("%s started: %s", self.vm_id, self._timings)
+        self._start_up(self._choose(), boot_timeout, preparation)
 
-    def _connect(self, deadline: Deadline, during: str) -> float:
-        assert self._guest is not None and self._machine is not None  # noqa: S101, PT018
-        self._during = during
-        try:
-            return self._guest.connect(deadline)
-        except OperationTimeoutError as error:
-            end = self._machine.poll()
-            if end is not None:
-                raise diagnosis.died(self.vm_id, during, end, self._console_path) from None
-            raise diagnosis.never_answered(
-                self.vm_id, error, self._machine.command_line, self._console_path
-            ) from None
-        finally:
-            self._during = "on its own"
+    @classmethod
+    def from_template(cls, template: Template, *, vm_id: str | None = None) -> SmolVM:
+        """A new VM that starts where ``template`` was made: ``start()`` restores it.
+
+        Memory, processes and disk are as they were; clock, random numbers, host name and ids
+        are its own. ``vm_id``: None generates one.
+        """
+        fields = {"vm_id": vm_id or generate_vm_id(), "retain_disk_on_delete": False}
+        facts = template.facts
+        vm = cls(
+            template.config.model_copy(update=fields),
+            ssh_user=facts.ssh_user,
+            ssh_key_path=facts.ssh_key_path,
+            accelerator=facts.accelerator,
+        )
+        vm._template = template
+        return vm
+
+    def snapshot(self) -> Template:
+        """Save memory, devices and disk as they are, for other VMs to start from.
+
+        The VM stands still for some hundred milliseconds, and runs on; its SSH connections are
+        made anew. Raises ``SmolVMError`` where that cannot be: without SSH, with a shared disk,
+        with an image that has no agent.
+        """
+        with self._guard:
+            self._live_machine("take a snapshot of it")
+            self._check_usable(0)
+            return self._take_snapshot()
+
+    def restore(self, template: Template) -> Self:
+        """Go back to where ``template`` was made; what happened in the guest since is gone.
+
+        The VM keeps its id, and the ports that ``expose_local`` opened. Raises ``SmolVMError``
+        for a template of another configuration.
+        """
+        with self._guard:
+            self._require_owner("restore it")
+            self._check_not_deleted()
+            self._check_fits(template)
+            forwards = self._machine.forwards if self._machine is not None else {}
+            self._end_machine()
+            try:
+                self._go_back_to(template)
+                for host_port, guest_port in forwards.items():
+                    self._live_machine("open its ports").forward(guest_port, host_port)
+            except BaseException:
+                self._give_up(keep=True)
+                raise
+            return self
 
     def stop(self, timeout: float = STOP_TIMEOUT_S) -> Self:
         """Switch the guest off: asked first, then, after ``timeout`` seconds, by force.
@@ -336,6 +371,13 @@ class SmolVM(Inside, Outside):
 
     # -- within ---------------------------------------------------------------
 
+    def _choose(self) -> Backend:
+        return choose(self._store, self._config.backend, self._wanted_accelerator)
+
+    @property
+    def _itself(self) -> SmolVM:
+        return self
+
     @property
     def _console_path(self) -> Path:
         return self.directory / "console.log"
@@ -344,6 +386,8 @@ class SmolVM(Inside, Outside):
         if self._directory is None:
             reopen = self._retained is not None
             self._directory = self._store.claim(self.vm_id, reopen=reopen)
+            record = self._directory.read_record()
+            self._layers = record.layers if record is not None else []
             registry.add(self)
 
     def _forget(self) -> None:
@@ -365,6 +409,7 @@ class SmolVM(Inside, Outside):
         record.ssh_key_path = str(self._ssh_key_path) if self._ssh_key_path else None
         record.usage = self._usage
         record.retained = self._retained
+        record.layers = self._layers
         if earlier is not None:
             record.base_stat = earlier.base_stat
         # A disk that was kept before stays safe from the sweep until delete().

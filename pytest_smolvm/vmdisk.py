@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pytest_smolvm.config import VMConfig
@@ -10,8 +11,10 @@ from pytest_smolvm.errors import ImageError, SmolVMError
 from pytest_smolvm.store import Store, VMDirectory
 
 
-def prepare_disk(config: VMConfig, directory: VMDirectory, store: Store) -> Disk:
-    """The disk to boot from, made if need be.
+def prepare_disk(
+    config: VMConfig, directory: VMDirectory, layers: Sequence[Path], store: Store
+) -> Disk:
+    """The disk to boot from, made if need be; ``layers`` lie under one that was there before.
 
     A kept disk over an image that has changed since is an ``ImageError``; one
     that a shared VM would pass over is an error too, since its ``delete()``
@@ -28,7 +31,7 @@ def prepare_disk(config: VMConfig, directory: VMDirectory, store: Store) -> Disk
         return shared_disk(config.rootfs_path)
     if kept:
         _check_base(config, directory, store)
-        return reopen_overlay(config.rootfs_path, directory.disk)
+        return reopen_overlay(config.rootfs_path, directory.disk, layers)
     return create_overlay(config.rootfs_path, directory.disk)
 
 

@@ -1,7 +1,7 @@
 """Fixtures of the project's own tests.
 
 Every run has a state directory of its own, so that what is left in it at the
-end was left by this run; images, keys and what was found out about the host are
+end was left by this run; images, templates, keys and what was found out about the host are
 shared with other runs, being a cache.
 """
 
@@ -37,9 +37,9 @@ def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         assert not left, f"this run left VM directories behind: {left}"
 
 
-def with_shared_caches(root: Path) -> Path:
-    """``root``, a state directory in which images and keys are those of all runs."""
-    for name in ("images", "keys", "cache"):
+def with_shared_caches(root: Path, *, templates: bool = True) -> Path:
+    """``root``, a state directory in which images, keys and templates are those of all runs."""
+    for name in ("images", "keys", "cache", *(["templates"] if templates else [])):
         (_shared_state / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         (root / name).symlink_to(_shared_state / name)
     return root
@@ -51,6 +51,15 @@ def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "own-state"
     monkeypatch.setenv("SMOLVM_STATE_DIR", str(root))
     return root
+
+
+@pytest.fixture
+def no_templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A state directory without any template, for one test; images are there."""
+    root = tmp_path / "no-templates"
+    root.mkdir()
+    monkeypatch.setenv("SMOLVM_STATE_DIR", str(root))
+    return with_shared_caches(root, templates=False)
 
 
 @pytest.fixture

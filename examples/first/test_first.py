@@ -2,4 +2,4 @@
 
 
 def test_a_command_in_a_machine_of_its_own(smolvm):
-    assert smolvm.run("echo hello from $(hostname)").output == "hello from micro"
+    assert smolvm.run("echo hello from $(hostname)").output == f"hello from {smolvm.vm_id}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -9,6 +10,18 @@ from typing import Protocol
 from pytest_smolvm.config import Network
 from pytest_smolvm.disks import Disk
 from pytest_smolvm.process import Deadline
+
+PORT_NAME = "org.smolvm.port"
+"""How the guest finds the virtio-serial port on which the host talks to its agent."""
+
+
+@dataclass(frozen=True)
+class MemoryFile:
+    """A file with the contents of a guest's memory."""
+
+    path: Path
+    shared: bool
+    """Whether the machine writes to it, or to a copy-on-write mapping of its own."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,14 @@ class MachineSpec:
     """The file that takes what the guest writes to its console."""
     machine_log: Path
     """The file that takes what the emulator itself prints."""
+    memory: MemoryFile | None = None
+    """None: memory of its own, empty at the start."""
+    state: Path | None = None
+    """What ``Machine.save`` wrote: the machine starts from there, paused. None: it boots.
+
+    With a shared memory file, which is empty at first, the state is to hold the memory, too;
+    with one that is not, it is not.
+    """
 
 
 @dataclass(frozen=True)
@@ -84,6 +105,19 @@ class Machine(Protocol):
 
     def resume(self) -> None: ...
 
+    @property
+    def port(self) -> socket.socket:
+        """Our end of the guest's serial port called ``PORT_NAME``; there from the start."""
+        ...
+
+    def save(self, state: Path, deadline: Deadline) -> None:
+        """Write a paused machine's state into a file; it stays paused, and can be resumed.
+
+        A memory file that is shared is left out: it has its part of the state already. When
+        this returns, what the guest wrote is in its disk's file.
+        """
+        ...
+
     def press_power_button(self) -> None:
         """Ask the guest to switch itself off; it may ignore that."""
         ...
@@ -107,6 +141,11 @@ class Machine(Protocol):
 
     def unforward(self, host_port: int) -> None: ...
 
+    @property
+    def forwards(self) -> dict[int, int]:
+        """The guest's ports that ``forward`` made reachable, by the host's."""
+        ...
+
     def quit(self, timeout_s: float) -> None:
         """End it without asking the guest, once what that wrote is in the disk's file.
 
@@ -127,10 +166,18 @@ class Backend(Protocol):
     why_not: tuple[str, ...]
     """Why it is not on a quicker accelerator; empty: there is none quicker."""
 
+    can_restore: bool
+    """Whether its machines can be saved, and started from what was saved."""
+
     def version(self) -> str:
         """The emulator's version, such as ``7.2.22``; empty: it cannot be had."""
         ...
 
     def launch(self, spec: MachineSpec, deadline: Deadline) -> Machine:
         """Start a machine; it boots on while this returns. Raises ``BackendError``."""
+        ...
+
+    def describe(self, spec: MachineSpec) -> list[str]:
+        """All that a saved state depends on, but for the contents of files: equal lists mean
+        that one machine can start from what another has saved."""
         ...

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import logging
+import os
 import re
 import socket
+import time
 from pathlib import Path
 
 from pytest_smolvm.backends.base import MachineEnd, MachineSpec
@@ -14,12 +19,16 @@ from pytest_smolvm.backends.qemu_args import (
     qemu_argv,
 )
 from pytest_smolvm.backends.qmp import Monitor
+from pytest_smolvm.disks import Disk, Image
 from pytest_smolvm.errors import BackendError, OperationTimeoutError, SmolVMError
 from pytest_smolvm.process import Deadline, MachineProcess, ToolError, run_tool
 from pytest_smolvm.usernet import GUEST_ADDRESS
 
 logger = logging.getLogger(__name__)
 
+_MAX_BANDWIDTH = 1 << 40  # bytes per second; the default is that of a network
+_FAILED_LOAD_S = 1.0
+_FINISHED_LOOK_S = 0.001
 _FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+(\d+)")
 
 
@@ -27,6 +36,7 @@ class QemuBackend:
     """Runs machines with one of QEMU's system emulators."""
 
     name = "qemu"
+    can_restore = True
 
     def __init__(
         self,
@@ -41,13 +51,8 @@ class QemuBackend:
         self.why_not = why_not
 
     def version(self) -> str:
-        try:
-            text = run_tool([self.binary, "--version"], timeout_s=10)
-        except ToolError as error:
-            logger.debug("%s", error)
-            return ""
-        found = re.search(r"version (\d[\w.]*)", text)
-        return found[1] if found else ""
+        facts = Path(self.binary).stat()
+        return _version_of(self.binary, facts.st_ino, facts.st_size, facts.st_mtime_ns)
 
     def launch(self, spec: MachineSpec, deadline: Deadline) -> QemuMachine:
         """Start QEMU and greet it; the guest boots on while this returns."""
@@ -64,27 +69,70 @@ class QemuBackend:
                 "needs.",
                 {"network": spec.network},
             )
-        ours, theirs = socket.socketpair()
-        try:
-            with theirs:
+        with contextlib.ExitStack() as ours_only:
+            with contextlib.ExitStack() as handed_over:
+                monitor, monitor_fd = _socket_pair(ours_only, handed_over)
+                port, port_fd = _socket_pair(ours_only, handed_over)
+                state_fd = -1
+                if spec.state is not None:
+                    state_fd = handed_over.enter_context(spec.state.open("rb")).fileno()
                 argv = qemu_argv(
-                    spec, self.architecture, binary=self.binary, monitor_fd=theirs.fileno()
+                    spec,
+                    self.architecture,
+                    binary=self.binary,
+                    monitor_fd=monitor_fd,
+                    port_fd=port_fd,
                 )
                 spec.console.touch(mode=0o600)
                 process = MachineProcess(
-                    argv, cwd=spec.directory, log=spec.machine_log, pass_fds=[theirs.fileno()]
+                    argv,
+                    cwd=spec.directory,
+                    log=spec.machine_log,
+                    pass_fds=[fd for fd in (monitor_fd, port_fd, state_fd) if fd >= 0],
                 )
-        except BaseException:
-            ours.close()
-            raise
-        machine = QemuMachine(spec.vm_id, process)
-        try:
-            machine.greet(ours, deadline)
-        except BaseException:
-            ours.close()
-            machine.kill()
-            raise
+            # Only QEMU holds its ends now: should it die, ours will tell.
+            machine = QemuMachine(spec, process, port)
+            ours_only.push(lambda *error: machine.kill() if error[0] else None)
+            machine.greet(monitor, deadline)
+            if spec.state is not None:
+                machine.load(state_fd, deadline)
+            ours_only.pop_all()
         return machine
+
+    def describe(self, spec: MachineSpec) -> list[str]:
+        """QEMU's version, and its command line with what differs from VM to VM taken out."""
+        anonymous = dataclasses.replace(
+            spec,
+            vm_id="vm",
+            kernel=Path("kernel"),
+            initrd=Path("initrd") if spec.initrd else None,
+            disk=Disk(Image(Path("/disk"), "qcow2"), read_only=spec.disk.read_only),
+            console=Path("console"),
+            memory=None,
+            state=None,
+        )
+        argv = qemu_argv(anonymous, self.architecture, binary="qemu", monitor_fd=0, port_fd=0)
+        return [self.name, self.version(), self.accelerator, *argv]
+
+
+@functools.cache
+def _version_of(binary: str, *_facts: int) -> str:
+    try:
+        text = run_tool([binary, "--version"], timeout_s=10)
+    except ToolError as error:
+        logger.debug("%s", error)
+        return ""
+    found = re.search(r"version (\d[\w.]*)", text)
+    return found[1] if found else ""
+
+
+def _socket_pair(
+    ours_only: contextlib.ExitStack, handed_over: contextlib.ExitStack
+) -> tuple[socket.socket, int]:
+    ours, theirs = socket.socketpair()
+    ours_only.enter_context(contextlib.closing(ours))
+    handed_over.enter_context(contextlib.closing(theirs))
+    return ours, theirs.fileno()
 
 
 def _check_kernel(kernel: Path, architecture: Architecture) -> None:
@@ -111,9 +159,11 @@ def _check_kernel(kernel: Path, architecture: Architecture) -> None:
 class QemuMachine:
     """One QEMU process."""
 
-    def __init__(self, vm_id: str, process: MachineProcess) -> None:
+    def __init__(self, spec: MachineSpec, process: MachineProcess, port: socket.socket) -> None:
         self._process = process
-        self._monitor = Monitor(vm_id)
+        self._port = port
+        self._monitor = Monitor(spec.vm_id)
+        self._has_shared_memory = spec.memory is not None and spec.memory.shared
         self._forwards: dict[int, int] = {}
         self._ssh_port = 0
 
@@ -132,6 +182,45 @@ class QemuMachine:
                 exit_status=end.exit_status,
                 command_line=end.command_line,
             ) from error
+
+    def load(self, state_fd: int, deadline: Deadline) -> None:
+        """Take over the saved state from the file that QEMU inherited as ``state_fd``."""
+        self._set_capabilities(ignore_shared=not self._has_shared_memory)
+        self._migrate("migrate-incoming", f"fd:{state_fd}", "load a saved state", deadline)
+
+    def save(self, state: Path, deadline: Deadline) -> None:
+        self._set_capabilities(ignore_shared=self._has_shared_memory)
+        self._monitor.execute("migrate-set-parameters", {"max-bandwidth": _MAX_BANDWIDTH})
+        descriptor = os.open(state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            self._monitor.send_descriptor(descriptor, "state")
+            self._migrate("migrate", "fd:state", "save the machine's state", deadline)
+        finally:
+            os.close(descriptor)
+        # Told to be complete, it is not quite: until then the machine refuses to go on.
+        while self._monitor.execute("query-status")["status"] == "finish-migrate":
+            if deadline.passed():
+                raise OperationTimeoutError("saving the machine's state", deadline.timeout_s)
+            time.sleep(_FINISHED_LOOK_S)
+
+    def _migrate(self, command: str, uri: str, what: str, deadline: Deadline) -> None:
+        ended = self._monitor.migrate(command, uri, lambda: self.poll() is None, deadline)
+        if ended != "completed":
+            # One that cannot load a state ends; one that cannot save it runs on, and tells.
+            end = self.wait(_FAILED_LOAD_S)
+            said = end.output if end else self._monitor.execute("query-migrate").get("error-desc")
+            raise BackendError(f"QEMU could not {what}: {said or ended}")
+
+    def _set_capabilities(self, *, ignore_shared: bool) -> None:
+        wanted = {"events": True, "x-ignore-shared": ignore_shared}
+        self._monitor.execute(
+            "migrate-set-capabilities",
+            {"capabilities": [{"capability": c, "state": s} for c, s in wanted.items()]},
+        )
+
+    @property
+    def port(self) -> socket.socket:
+        return self._port
 
     @property
     def pid(self) -> int:
@@ -200,6 +289,10 @@ class QemuMachine:
         self._forwards[port] = guest_port
         return port
 
+    @property
+    def forwards(self) -> dict[int, int]:
+        return dict(self._forwards)
+
     def unforward(self, host_port: int) -> None:
         if host_port not in self._forwards:
             raise SmolVMError(
@@ -228,4 +321,5 @@ class QemuMachine:
 
     def kill(self) -> None:
         self._process.kill()
+        self._port.close()
         self._monitor.close()

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from pytest_smolvm.backends.base import MachineSpec
+from pytest_smolvm.backends.base import PORT_NAME, MachineSpec
 from pytest_smolvm.disks import Disk, Image
 from pytest_smolvm.usernet import GUEST_ADDRESS, NETWORK
 
@@ -26,6 +26,8 @@ class Architecture:
     machine: str
     cpu_emulated: str
     console: str
+    memory_name: str
+    """What QEMU calls the machine's memory in a saved state."""
 
 
 ARCHITECTURES = {
@@ -38,6 +40,7 @@ ARCHITECTURES = {
         machine="q35,i8042=off,sata=off,smbus=off,usb=off,vmport=off,smm=off",
         cpu_emulated="max",
         console="ttyS0",
+        memory_name="pc.ram",
     ),
     "aarch64": Architecture(
         name="aarch64",
@@ -46,6 +49,7 @@ ARCHITECTURES = {
         machine="virt,gic-version=max",
         cpu_emulated="max",
         console="ttyAMA0",
+        memory_name="mach-virt.ram",
     ),
 }
 
@@ -57,9 +61,17 @@ def host_machine() -> str:
 
 
 def qemu_argv(
-    spec: MachineSpec, architecture: Architecture, *, binary: str, monitor_fd: int
+    spec: MachineSpec, architecture: Architecture, *, binary: str, monitor_fd: int, port_fd: int
 ) -> list[str]:
-    """The whole command line. The monitor speaks QMP on the open socket ``monitor_fd``."""
+    """The whole command line.
+
+    The monitor speaks QMP on the open socket ``monitor_fd``; the guest's port leads to
+    ``port_fd``.
+    """
+    command_line = kernel_command_line(spec.boot_args, architecture, spec.disk.read_only)
+    if not re.search(r"(^|\s)hostname=", command_line):
+        # Linux from 5.19 on takes it; before that, it is one more variable for init.
+        command_line += f" hostname={spec.vm_id}"
     accelerator = spec.accelerator
     if accelerator == "tcg" and spec.vcpu_count > 1:
         # With a thread per virtual CPU, QEMU 7.2 lets one CPU run code that
@@ -83,7 +95,8 @@ def qemu_argv(
         "-nodefaults",
         "-no-user-config",
         *("-display", "none"),
-        *("-machine", architecture.machine),
+        *("-machine", _machine(spec, architecture)),
+        *_memory_arguments(spec, architecture),
         *("-accel", accelerator),
         *("-cpu", cpu),
         *("-smp", str(spec.vcpu_count)),
@@ -91,18 +104,40 @@ def qemu_argv(
         *("-sandbox", _SANDBOX),
         *("-chardev", f"socket,id=monitor,fd={monitor_fd}"),
         *("-mon", "chardev=monitor,mode=control"),
-        *("-chardev", _key_values("file", id="console", path=str(spec.console))),
+        *("-chardev", _key_values("file", id="console", path=str(spec.console), append="on")),
         *("-serial", "chardev:console"),
         *("-kernel", str(spec.kernel)),
         *(("-initrd", str(spec.initrd)) if spec.initrd else ()),
-        *("-append", kernel_command_line(spec.boot_args, architecture, spec.disk.read_only)),
+        *("-append", command_line),
         *_disk_arguments(spec.disk),
         *("-netdev", user_network),
         *("-device", "virtio-net-pci,netdev=net0,romfile="),
         *("-device", "virtio-rng-pci"),
+        *("-chardev", f"socket,id=port,fd={port_fd}"),
+        *("-device", "virtio-serial-pci,max_ports=2"),
+        *("-device", f"virtserialport,chardev=port,name={PORT_NAME}"),
         # Until the guest answers, a reset is a failed boot: see Machine.booted.
         *("-action", "reboot=shutdown"),
+        *(("-incoming", "defer") if spec.state else ()),
     ]
+
+
+def _machine(spec: MachineSpec, architecture: Architecture) -> str:
+    backend = f",memory-backend={architecture.memory_name}" if spec.memory else ""
+    return architecture.machine + backend
+
+
+def _memory_arguments(spec: MachineSpec, architecture: Architecture) -> list[str]:
+    if spec.memory is None:
+        return []
+    backend = {
+        "qom-type": "memory-backend-file",
+        "id": architecture.memory_name,
+        "size": spec.mem_size_mib << 20,
+        "mem-path": str(spec.memory.path),
+        "share": spec.memory.shared,
+    }
+    return ["-object", json.dumps(backend)]
 
 
 def kernel_command_line(boot_args: str, architecture: Architecture, read_only: bool) -> str:
@@ -145,10 +180,12 @@ def kernel_command_line(boot_args: str, architecture: Architecture, read_only: b
 
 def _disk_arguments(disk: Disk) -> list[str]:
     node = _block_node(disk.image, read_only=disk.read_only)
-    if disk.backing is not None:
+    over = node
+    for image in disk.backing:
         # Named here rather than taken from the overlay's header, which anyone
         # who can write the file could have pointed elsewhere.
-        node["backing"] = _block_node(disk.backing, read_only=True)
+        over["backing"] = _block_node(image, read_only=True)
+        over = over["backing"]
     node["node-name"] = "disk0"
     return [
         *("-blockdev", json.dumps(node)),

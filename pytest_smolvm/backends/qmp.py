@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from qemu.qmp import (
@@ -22,6 +22,8 @@ from pytest_smolvm.hostloop import await_result
 from pytest_smolvm.process import Deadline
 
 COMMAND_TIMEOUT_S = 30.0
+_LOOK_S = 0.25
+_MIGRATION_ENDS = ("completed", "failed", "cancelled")
 
 
 class Monitor:
@@ -29,11 +31,12 @@ class Monitor:
 
     def __init__(self, name: str) -> None:
         self._client = QMPClient(name)
-        self._listener = EventListener(names={"SHUTDOWN", "RESET"})
+        self._listener = EventListener(names={"SHUTDOWN", "RESET", "MIGRATION"})
         self._watcher: asyncio.Task[None] | None = None
         self._changed: asyncio.Condition | None = None
         self.shutdown_reason = ""
         self.resets = 0
+        self._migration = ""
 
     def connect(self, our_end: socket.socket, timeout_s: float) -> None:
         """Greet QEMU at the other end. Raises ``ConnectionError`` if it is gone."""
@@ -58,6 +61,8 @@ class Monitor:
                     self.resets += 1
                 elif event["event"] == "SHUTDOWN":
                     self.shutdown_reason = str(data.get("reason", ""))
+                elif event["event"] == "MIGRATION":
+                    self._migration = str(data.get("status", ""))
                 self._changed.notify_all()
 
     def execute(
@@ -98,6 +103,45 @@ class Monitor:
         except OperationTimeoutError:
             return False
         return True
+
+    def migrate(self, command: str, uri: str, alive: Callable[[], bool], deadline: Deadline) -> str:
+        """Start a migration, in or out, and wait for its end; returns how it ended.
+
+        That is ``completed``, or something else if it failed; ``alive`` says whether QEMU is
+        there still. Raises ``OperationTimeoutError`` past the deadline.
+        """
+        self._migration = ""
+        self.execute(command, {"uri": uri}, deadline.remaining_s())
+
+        async def wait() -> None:
+            assert self._changed is not None  # noqa: S101 - connected
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._migration in _MIGRATION_ENDS)
+
+        while True:
+            pause_s = min(_LOOK_S, deadline.remaining_s())
+            try:
+                await_result(wait(), operation=f"QEMU's {command}", timeout_s=pause_s)
+            except OperationTimeoutError:
+                # Nothing tells of a QEMU that is gone.
+                if not alive():
+                    return "ended"
+                if deadline.passed():
+                    raise OperationTimeoutError(f"QEMU's {command}", deadline.timeout_s) from None
+            else:
+                return self._migration
+
+    def send_descriptor(self, descriptor: int, name: str) -> None:
+        """Give QEMU an open file, to be used as ``fd:name``."""
+
+        async def send() -> None:
+            self._client.send_fd_scm(descriptor)
+            await self._client.execute("getfd", {"fdname": name})
+
+        try:
+            await_result(send(), operation="handing QEMU a file", timeout_s=COMMAND_TIMEOUT_S)
+        except (QMPError, OSError) as error:
+            raise BackendError(f"QEMU does not take a file: {error}") from error
 
     def close(self) -> None:
         """Hang up and let the tasks end; a QEMU that is gone already is no error."""

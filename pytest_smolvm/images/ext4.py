@@ -27,6 +27,9 @@ def make_ext4(tree: Path, image: Path, size_mb: int) -> None:
                 "smolvm",
                 "-m",
                 "0",
+                # No guest has to finish the file system in the background.
+                "-E",
+                "lazy_itable_init=0,lazy_journal_init=0",
                 "-d",
                 str(tree),
                 str(image),
@@ -57,6 +60,13 @@ def read_file(image: Path, path: str) -> bytes | None:
     debugfs = find_tool("debugfs", "e2fsprogs")
     text = run_tool([debugfs, "-R", f"cat {_quote(path)}", str(image)], timeout_s=60)
     return text.encode() or None
+
+
+def has_file(image: Path, path: str) -> bool:
+    """Whether an ext4 image has that file."""
+    debugfs = find_tool("debugfs", "e2fsprogs")
+    text = run_tool([debugfs, "-R", f"stat {_quote(path)}", str(image)], timeout_s=60)
+    return text.startswith("Inode:")
 
 
 def _paths(tree: Path) -> list[str]:

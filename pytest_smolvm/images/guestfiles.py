@@ -84,7 +84,13 @@ while read -r device where type options rest; do
             ;;
     esac
 done < /proc/mounts
-hostname -F /etc/hostname
+# The VM's id, if the kernel was given it.
+read -r name < /proc/sys/kernel/hostname
+[ "$name" != "(none)" ] || hostname -F /etc/hostname
+if [ -w /etc/machine-id ] && ! read -r id < /etc/machine-id; then
+    read -r id < /proc/sys/kernel/random/uuid
+    echo "${{id//-/}}" > /etc/machine-id
+fi
 ip link set lo up
 ip addr add {GUEST_ADDRESS}/{PREFIX_LENGTH} dev eth0
 ip link set eth0 up
@@ -92,11 +98,21 @@ ip route add default via {GATEWAY}
 exec /bin/busybox init
 """
 
-MICRO_INITTAB = """# SSH is how the host reaches this guest: no passwords, one known host key.
-::respawn:/usr/sbin/dropbear -F -E -s -W 262144 -p 22 -r /etc/dropbear/dropbear_ed25519_host_key
+_SSH_OPTIONS = "-s -W 262144 -r /etc/dropbear/dropbear_ed25519_host_key"
+
+MICRO_INITTAB = f"""# SSH is how the host reaches this guest: no passwords, one known host key.
+::respawn:/usr/sbin/dropbear -F -E -p 22 {_SSH_OPTIONS}
 ::ctrlaltdel:/sbin/reboot
 ::shutdown:/bin/sync
 ::shutdown:/bin/umount -a -r
+"""
+
+AGENT = "usr/lib/smolvm/agent"
+SSH_ON_PORT = "usr/lib/smolvm/ssh-on-port"
+"""The program that speaks SSH on its standard input and output, for the agent to start."""
+
+MICRO_SSH_ON_PORT = f"""#!/bin/sh
+exec /usr/sbin/dropbear -i {_SSH_OPTIONS}
 """
 
 PROFILE = f"""export PATH={PATH}
@@ -112,6 +128,8 @@ MICRO_FILES = {
     "etc/shadow": "root:*:19000::::::\n",
     "etc/shells": "/bin/sh\n",
     "etc/hostname": "micro\n",
+    # Empty means "made up at the first boot": machine-id(5).
+    "etc/machine-id": "",
     "etc/hosts": "127.0.0.1 localhost\n127.0.1.1 micro\n::1 localhost\n",
     "etc/resolv.conf": f"nameserver {NAME_SERVER}\n",
     "etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",

@@ -14,10 +14,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pytest_smolvm.disks import image_format
 from pytest_smolvm.errors import ImageError
 from pytest_smolvm.images import ext4
+from pytest_smolvm.images.guestfiles import AGENT
 from pytest_smolvm.process import ToolError
 from pytest_smolvm.statedir import write_atomically
 
 HOST_KEY_IN_IMAGE = "/etc/smolvm/host_key.pub"
+AGENT_IN_IMAGE = f"/{AGENT}"
 
 
 class ImageManifest(BaseModel):
@@ -32,6 +34,8 @@ class ImageManifest(BaseModel):
     """The public keys that may log in; empty: not known."""
     packages: dict[str, str] = {}
     """Versions of the packages that the image was made from."""
+    agent: str = ""
+    """Where in the image the agent lies that a restored guest needs; empty: it has none."""
 
 
 def manifest_path(rootfs: Path) -> Path:
@@ -64,4 +68,7 @@ def _ask_image(rootfs: Path) -> ImageManifest | None:
         host_key = ext4.read_file(rootfs, HOST_KEY_IN_IMAGE)
     except ToolError:
         return None  # no debugfs here, or no ext4 there: the caller says what to do
-    return ImageManifest(host_key=host_key.decode().strip()) if host_key else None
+    if not host_key:
+        return None
+    agent = AGENT_IN_IMAGE if ext4.has_file(rootfs, AGENT_IN_IMAGE) else ""
+    return ImageManifest(host_key=host_key.decode().strip(), agent=agent)

@@ -6,6 +6,7 @@ rights: no chroot, no loop device, no maintainer scripts.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -15,13 +16,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from pytest_smolvm import keys
 from pytest_smolvm.errors import ImageError
-from pytest_smolvm.images import cpio, ext4, guestfiles
+from pytest_smolvm.images import agent, cpio, ext4, guestfiles
 from pytest_smolvm.images.debian import DebianPackages, Progress
 from pytest_smolvm.images.kernel import ModuleTree, extract_vmlinux
 from pytest_smolvm.images.manifest import HOST_KEY_IN_IMAGE, ImageManifest, write_manifest
 from pytest_smolvm.process import run_tool
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same packages would make another image."""
 
 PACKAGES = ["busybox-static", "dropbear-bin"]
@@ -31,12 +32,15 @@ PACKAGES = ["busybox-static", "dropbear-bin"]
 # guest reseed its random pool by itself when it is restored from a snapshot.
 KERNELS = ["linux-image-6.12-cloud-amd64", "linux-image-cloud-amd64", "linux-image-amd64"]
 
-MODULES = ["virtio_pci", "virtio_blk", "ext4", "crc32c_generic", "virtio_net", "virtio_rng"]
+MODULES = [
+    *("virtio_pci", "virtio_blk", "ext4", "crc32c_generic"),
+    *("virtio_net", "virtio_rng", "virtio_console"),
+]
 
 _FOLDERS = [
     *("dev", "proc", "sys", "run", "tmp", "root/.ssh", "mnt", "home"),
     *("etc/dropbear", "etc/profile.d", "etc/smolvm", "var/log", "var/tmp"),
-    *("usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "usr/local/bin", "usr/local/sbin"),
+    *("usr/bin", "usr/sbin", "usr/lib/smolvm", "usr/lib64", "usr/local/bin", "usr/local/sbin"),
 ]
 
 
@@ -63,7 +67,11 @@ class MicroRecipe:
             "packages": [[p.name, p.version] for p in self.packages],
             "public_key": self._public_key,
             "size_mb": self._size_mb,
-            "files": [guestfiles.initrd_init(MODULES), guestfiles.MICRO_INIT],
+            "files": [
+                *(guestfiles.initrd_init(MODULES), guestfiles.MICRO_INIT),
+                guestfiles.MICRO_SSH_ON_PORT,
+            ],
+            "agent": hashlib.sha256(agent.binary()).hexdigest(),
             "more_files": guestfiles.MICRO_FILES,
         }
 
@@ -89,6 +97,7 @@ class MicroRecipe:
                 host_key=keys.public_openssh(host_key),
                 authorized_keys=[self._public_key],
                 packages={p.name: p.version for p in self.packages},
+                agent=f"/{guestfiles.AGENT}",
             ),
         )
 
@@ -125,8 +134,13 @@ class MicroRecipe:
                 link.symlink_to("/bin/busybox")
         for name, text in guestfiles.MICRO_FILES.items():
             (root / name).write_text(text)
-        (root / "init").write_text(guestfiles.MICRO_INIT)
-        (root / "init").chmod(0o755)
+        for name, program in {
+            "init": guestfiles.MICRO_INIT.encode(),
+            guestfiles.AGENT: agent.binary(),
+            guestfiles.SSH_ON_PORT: guestfiles.MICRO_SSH_ON_PORT.encode(),
+        }.items():
+            (root / name).write_bytes(program)
+            (root / name).chmod(0o755)
         (root / "usr/sbin/init").symlink_to("/init")
         (root / HOST_KEY_IN_IMAGE.lstrip("/")).write_text(keys.public_openssh(host_key) + "\n")
         private = root / "etc/dropbear/dropbear_ed25519_host_key"

@@ -15,13 +15,15 @@ ATTRIBUTE = "smolvm_events"
 
 
 class Event(TypedDict, total=False):
-    """One thing that happened. ``seconds`` is how long a boot took."""
+    """One thing that happened. ``seconds`` is how long a VM's start took."""
 
-    kind: Literal["header", "booted", "reused", "replaced", "retained", "trouble"]
+    kind: Literal["header", "started", "reused", "replaced", "retained", "template", "trouble"]
     text: str
     vm_id: str
     test: str
     seconds: float
+    restored: bool
+    templates_made: int
     reason: str
     directory: str
     state_dir: str

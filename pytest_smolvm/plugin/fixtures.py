@@ -87,6 +87,17 @@ def _wanted(request: pytest.FixtureRequest) -> Wanted:
     pytest.fail(problem, pytrace=False)
 
 
+def config_of(wanted: Wanted, images: ImageBuilder) -> VMConfig:
+    """The VMConfig of what is wanted. Raises pydantic's ``ValidationError``."""
+    from pytest_smolvm.config import SSH_BOOT_ARGS, VMConfig
+
+    fields = {"boot_args": SSH_BOOT_ARGS, **wanted.config_fields}
+    if "kernel_path" not in fields or "rootfs_path" not in fields:
+        kernel, rootfs = images.build(wanted.image)
+        fields = {"kernel_path": kernel, "rootfs_path": rootfs, **fields}
+    return VMConfig(**fields)
+
+
 def _configure(
     item: pytest.Item | pytest.Session,
     wanted: Wanted,
@@ -96,15 +107,11 @@ def _configure(
     """The VMConfig of what is wanted, as the hook leaves it."""
     from pydantic import ValidationError
 
-    from pytest_smolvm.config import SSH_BOOT_ARGS, VMConfig
+    from pytest_smolvm.config import VMConfig
     from pytest_smolvm.errors import SmolVMError
 
-    fields = {"boot_args": SSH_BOOT_ARGS, **wanted.config_fields}
-    if "kernel_path" not in fields or "rootfs_path" not in fields:
-        kernel, rootfs = images.build(wanted.image)
-        fields = {"kernel_path": kernel, "rootfs_path": rootfs, **fields}
     try:
-        made = VMConfig(**fields)
+        made = config_of(wanted, images)
     except ValidationError as error:
         problem = f"the VM of this test is not valid:\n{error}"
     else:

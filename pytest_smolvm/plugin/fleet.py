@@ -6,28 +6,32 @@ import json
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import pytest
 
+from pytest_smolvm.admission import admitted
 from pytest_smolvm.config import VMConfig
 from pytest_smolvm.plugin import outcomes, retention
 from pytest_smolvm.plugin.events import Event
+from pytest_smolvm.plugin.foresight import Foresight, pool_key
 from pytest_smolvm.plugin.grouping import name_of
 from pytest_smolvm.plugin.header import describe_host
+from pytest_smolvm.plugin.preparation import preparation_of
 from pytest_smolvm.plugin.progress import told_when_slow
 from pytest_smolvm.plugin.session import run_of
 from pytest_smolvm.plugin.settings import settings_of
-from pytest_smolvm.plugin.wanted import Prepare, Wanted
+from pytest_smolvm.plugin.wanted import Wanted
+from pytest_smolvm.pool import Pool, Wish
 from pytest_smolvm.records import Usage, VMState
+from pytest_smolvm.store import shared_store
 from pytest_smolvm.vm import SmolVM
 
 logger = logging.getLogger(__name__)
 
 _HEALTH_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 5.0
-_PREPARE_TIMEOUT_S = 600.0
 _AT_ONCE = 32
 _SESSION_KEY = "smolvm_session"
 
@@ -59,6 +63,8 @@ class Fleet:
         self._run = run_of(config)
         self._leases: list[Lease] = []
         self._events: list[Event] = []
+        self._foresight = Foresight(config)
+        self._pool = Pool() if self._settings.prefetch else None
 
     # -- asking ---------------------------------------------------------------
 
@@ -127,6 +133,8 @@ class Fleet:
         staying = [] if nextitem is None else nextitem.listchain()
         ended = [lease for lease in self._leases if lease.node not in staying]
         self._leases = [lease for lease in self._leases if lease.node in staying]
+        if nextitem is None and self._pool is not None:
+            self._pool.close()
         return self._end_all(ended)
 
     def end(self) -> list[Exception]:
@@ -226,16 +234,18 @@ class Fleet:
     def _boot(
         self, node: Node, config: VMConfig, wanted: Wanted, user: outcomes.User, key: str
     ) -> Lease:
-        vm = SmolVM(config, accelerator=wanted.accel)
+        vm = self._take_ready(config, wanted, user)
+        ready = vm is not None
+        if vm is None:
+            vm = SmolVM(config, accelerator=wanted.accel, restore=wanted.restore)
         lease = Lease(vm, node, key, [user], never_ready="it did not boot")
         self._leases.append(lease)
         vm.usage = self._usage(user, lease.users)
         try:
-            with told_when_slow(self._config, f"{vm.vm_id} is booting for {name_of(user.node)}"):
-                vm.start(boot_timeout=wanted.boot_timeout, keep_failed=True)
-            self._tell_booted(vm, user)
+            if not ready:
+                self._start(lease, wanted, user)
+            self._tell_started(vm, user)
             lease.never_ready = "it could not be prepared"
-            prepare(vm, wanted.prepare)
             self._config.hook.pytest_smolvm_started(item=user.node, vm=vm)
         except BaseException as error:
             # A machine that never ran, or that nobody waited for, has nothing to tell.
@@ -247,6 +257,65 @@ class Fleet:
         _set_properties(user.node, vm)
         lease.never_ready = ""
         return lease
+
+    def _start(self, lease: Lease, wanted: Wanted, user: outcomes.User) -> None:
+        vm = lease.vm
+        preparation, problem = preparation_of(wanted)
+        if problem:
+            self._note_template(f"prepare is run for each VM: {problem}; give prepare_key")
+        if preparation is not None:
+            run = preparation.run
+
+            def noted(vm: SmolVM) -> None:
+                lease.never_ready = "it could not be prepared"
+                run(vm)
+                lease.never_ready = "it did not boot"
+
+            preparation = replace(preparation, run=noted)
+        try:
+            with told_when_slow(self._config, f"{vm.vm_id} is booting for {name_of(user.node)}"):
+                vm.start(
+                    boot_timeout=wanted.boot_timeout, keep_failed=True, preparation=preparation
+                )
+        finally:
+            for text in vm.troubles:
+                self._note_template(text)
+
+    def _take_ready(self, config: VMConfig, wanted: Wanted, user: outcomes.User) -> SmolVM | None:
+        """A VM that was made ready for such a test, if there is one."""
+        if isinstance(user.node, pytest.Item):
+            self._foresight.learn(user.node, config, wanted)
+        if self._pool is None or "vm_id" in wanted.config_fields:
+            return None
+        with told_when_slow(self._config, f"a VM is made ready for {name_of(user.node)}"):
+            vm = self._pool.take(pool_key(config, wanted))
+        if vm is None and not self._pool.is_empty:
+            with admitted(shared_store(), config.vm_id, config.mem_size_mib) as fits:
+                if not fits:
+                    self._pool.close()
+        return vm
+
+    def foresee(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
+        """Have the VMs of the tests that come next made ready while ``item`` runs."""
+        if self._pool is None:
+            return
+        wishes: list[Wish] = []
+        for coming, wanted, wish in self._foresight.wishes(item, nextitem):
+            if len(wishes) == self._settings.prefetch:
+                break
+            if self._will_boot(coming, wanted, wishes):
+                wishes.append(wish)
+        self._pool.expect(wishes)
+
+    def _will_boot(self, item: pytest.Item, wanted: Wanted, wishes: Sequence[Wish]) -> bool:
+        """Whether the test's VM is one that nobody has yet."""
+        node = scope_node(item, wanted.scope)
+        if node is item:
+            return True
+        return not wishes and all(lease.node is not node for lease in self._leases)
+
+    def _note_template(self, text: str) -> None:
+        self._events.append(Event(kind="template", text=text))
 
     def _usage(self, user: outcomes.User, users: Sequence[outcomes.User]) -> Usage:
         heir = self._run.heir
@@ -260,12 +329,19 @@ class Fleet:
             heir_start_ticks=heir[1] if heir else None,
         )
 
-    def _tell_booted(self, vm: SmolVM, user: outcomes.User) -> None:
+    def _tell_started(self, vm: SmolVM, user: outcomes.User) -> None:
         if not self._config.stash.get(_header_told_key, False):
             self._config.stash[_header_told_key] = True
             self._events.append(Event(kind="header", text=describe_host(self._settings)))
         took = sum(vm.timings.values())
-        self._tell(kind="booted", vm=vm, test=name_of(user.node), seconds=took)
+        self._tell(
+            kind="started",
+            vm=vm,
+            test=name_of(user.node),
+            seconds=took,
+            restored=vm.restored,
+            templates_made=vm.templates_made,
+        )
 
     def _tell(self, *, vm: SmolVM, **facts: Any) -> None:
         state_dir = str(vm.state_dir)
@@ -289,24 +365,15 @@ def scope_node(item: pytest.Item, scope: str) -> Node:
     return item if found is None else found
 
 
-def prepare(vm: SmolVM, how: Prepare) -> None:
-    """Run what ``prepare`` says in a VM that has just been booted."""
-    if callable(how):
-        how(vm)
-    else:
-        for command in how:
-            vm.run(command, timeout=_PREPARE_TIMEOUT_S, check=True)
-
-
 def _key(config: VMConfig, wanted: Wanted) -> str:
     """Equal for tests that may share a VM."""
     fields = config.model_dump(mode="json")
     if "vm_id" not in config.model_fields_set:
         del fields["vm_id"]
-    how = wanted.prepare
-    # Functions are equal when they are the same one.
-    preparation = id(how) if callable(how) else list(how)
-    return json.dumps([fields, wanted.accel, wanted.restore, preparation], sort_keys=True)
+    preparation, problem = preparation_of(wanted)
+    # Functions that have no name are equal when they are the same one.
+    prepared = id(wanted.prepare) if problem else preparation and preparation.key
+    return json.dumps([fields, wanted.accel, wanted.restore, prepared], sort_keys=True)
 
 
 def _set_properties(node: Node, vm: SmolVM) -> None:

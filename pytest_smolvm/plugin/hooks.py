@@ -8,15 +8,19 @@ from collections.abc import Generator
 import pytest
 
 from pytest_smolvm.plugin import events, outcomes, tracebacks
-from pytest_smolvm.plugin.session import existing_fleet
-from pytest_smolvm.plugin.summary import summary_of
+from pytest_smolvm.plugin.session import existing_fleet, fleet_of
+from pytest_smolvm.plugin.settings import settings_of
+from pytest_smolvm.plugin.summary import summary_of, wants_vm_of_its_own
 
 _nextitem_key = pytest.StashKey[pytest.Item | None]()
 _postponed_key = pytest.StashKey[bool]()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+def pytest_runtest_protocol(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, object, object]:
+    item.stash[_nextitem_key] = nextitem
     try:
         return (yield)
     finally:
@@ -38,6 +42,18 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
         return (yield)
     finally:
         _note_session_user(item)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    # Its set-up is done; from here on its time is the test's own.
+    nextitem = item.stash.get(_nextitem_key, None)
+    if (
+        nextitem is not None
+        and settings_of(item.config).prefetch
+        and _vm_comes_soon(item, nextitem)
+    ):
+        fleet_of(item.config).foresee(item, nextitem)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -105,6 +121,13 @@ def _end_session(session: pytest.Session) -> None:
 def _leave(item: pytest.Item) -> list[Exception]:
     fleet = existing_fleet(item.config)
     return [] if fleet is None else fleet.leave(item.stash.get(_nextitem_key, None))
+
+
+def _vm_comes_soon(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
+    """Whether there is anything to foresee; without loading the library for nothing."""
+    if existing_fleet(item.config) is not None:
+        return True
+    return nextitem is not None and wants_vm_of_its_own(nextitem)
 
 
 def _uses_session_vm(item: pytest.Item) -> bool:

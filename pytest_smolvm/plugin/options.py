@@ -205,8 +205,7 @@ OPTIONS = (
     ),
     Option(
         "restore",
-        "whether a VM may be restored from one that was booted before (it has no effect yet: "
-        "every VM is booted)",
+        "whether a VM may start from a template, the saved state of one that was booted before",
         "true",
         ini="smolvm_restore",
         flag="--smolvm-no-restore",
@@ -216,7 +215,7 @@ OPTIONS = (
     ),
     Option(
         "prefetch",
-        "how many VMs are made ready ahead of their tests (it has no effect yet: none are)",
+        "how many VMs are made ready ahead of their tests, while another runs",
         "1",
         ini="smolvm_prefetch",
         flag="--smolvm-prefetch",
@@ -301,8 +300,14 @@ OPTIONS = (
     ),
     Option(
         "prepare",
-        "a function of the VM, or a list of commands, run after each boot, before the first test",
+        "a function of the VM, or a list of commands, whose work is done in a VM before a test "
+        "gets it; it is done once, and later VMs start from there",
         "nothing",
+    ),
+    Option(
+        "prepare_key",
+        "a text that stands for what prepare does: when it changes, that is done anew",
+        "made of the function's source and of the values that it uses",
     ),
 )
 
@@ -320,7 +325,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
                 default=None,
                 action="store_const",
                 const=False,
-                help="boot every VM; do not restore any (it has no effect yet: none are)",
+                help="boot every VM; do not restore any from a template",
             )
         elif option.flag:
             group.addoption(

@@ -15,7 +15,7 @@ from pytest_smolvm.plugin.options import OPTIONS, Option
 _MARKER_LINE = (
     "smolvm(**kwargs): change the VM that the test gets: any field of VMConfig "
     "(vcpu_count, mem_size_mib, env_vars, ...), image, scope, retain, restore, prepare, "
-    "boot_timeout"
+    "prepare_key, boot_timeout"
 )
 
 

@@ -68,14 +68,20 @@ class Summary:
         quiet = verbosity_of(self._config) < 0
         if not (kept or trouble or (self._events and not quiet)):
             return
-        counts = {kind: len(self._of(kind)) for kind in ("booted", "reused", "replaced")}
-        if not (kept or trouble or any(counts.values())):
+        started, reused = self._of("started"), len(self._of("reused"))
+        replaced = len(self._of("replaced"))
+        if not (kept or trouble or started or reused or replaced):
             return
         terminalreporter.section("smolvm")
-        replaced = f", {counts['replaced']} replaced" if counts["replaced"] else ""
+        restored = sum(event["restored"] for event in started)
+        made = sum(event["templates_made"] for event in started)
         terminalreporter.write_line(
-            f"VMs: {counts['booted']} booted, 0 restored, {counts['reused']} reused{replaced}"
+            f"VMs: {len(started) - restored} booted, {restored} restored, {reused} reused"
+            + (f", {replaced} replaced" if replaced else "")
+            + (f"; {made} template{'s' if made > 1 else ''} made" if made else "")
         )
+        for text in dict.fromkeys(event["text"] for event in self._of("template")):
+            terminalreporter.write_line(text, yellow=True)
         for event in self._of("replaced"):
             terminalreporter.write_line(
                 f"replaced: {event['vm_id']} {event['reason']}, before {event['test']}"
@@ -95,16 +101,17 @@ class Summary:
     def _show_slowest(self, terminalreporter: pytest.TerminalReporter) -> None:
         shown = self._config.getoption("durations", None)
         at_least_s = self._config.getoption("durations_min", None) or 0.0
-        boots = [event for event in self._of("booted") if event["seconds"] >= at_least_s]
+        boots = [event for event in self._of("started") if event["seconds"] >= at_least_s]
         boots.sort(key=lambda event: -event["seconds"])
         if shown is None or not boots:
             return
         count = len(boots) if shown == 0 else shown
-        title = "slowest VM boots" if shown == 0 else f"slowest {shown} VM boots"
+        title = "slowest VM starts" if shown == 0 else f"slowest {shown} VM starts"
         terminalreporter.section(title)
         for event in boots[:count]:
             terminalreporter.write_line(
-                f"{event['seconds']:.2f}s boot     {event['vm_id']} for {event['test']}"
+                f"{event['seconds']:.2f}s {'restore' if event['restored'] else 'boot':8} "
+                f"{event['vm_id']} for {event['test']}"
             )
 
     def _of(self, kind: str) -> list[Event]:
@@ -132,6 +139,11 @@ def _wants_vm(item: pytest.Item) -> bool:
     names = getattr(item, "fixturenames", ())
     wanted = any(name in ("smolvm", "smolvm_session", "smolvm_factory") for name in names)
     return wanted and item.get_closest_marker("skip") is None
+
+
+def wants_vm_of_its_own(item: pytest.Item) -> bool:
+    """Whether the test takes the fixture ``smolvm``, as far as is known before it runs."""
+    return "smolvm" in getattr(item, "fixturenames", ()) and _wants_vm(item)
 
 
 def _is_there(event: Event) -> bool:

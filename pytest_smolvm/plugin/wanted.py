@@ -29,6 +29,7 @@ class Wanted:
     retain: str = "failed"
     restore: bool = True
     prepare: Prepare = ()
+    prepare_key: str = ""
     boot_timeout: float | None = None
 
 
@@ -103,6 +104,8 @@ def _problem_with(key: str, value: Any) -> str:
             return str(error)
     if key == "image" and not isinstance(value, str):
         return "give the name of an image"
+    if key == "prepare_key" and not (isinstance(value, str) and value):
+        return "give a text that changes when what prepare does changes"
     if key == "prepare" and not callable(value):
         is_list = isinstance(value, (list, tuple)) and all(isinstance(line, str) for line in value)
         return "" if is_list else "give a function of the VM, or a list of commands"

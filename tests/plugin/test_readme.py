@@ -35,7 +35,7 @@ def test_its_program_runs_without_pytest() -> None:
         check=True,
         timeout=300,
     )
-    assert result.stdout.startswith("Linux micro ")
+    assert result.stdout.startswith("Linux vm-")
 
 
 def test_its_host_packages_are_those_of_the_scripts() -> None:

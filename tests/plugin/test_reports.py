@@ -146,7 +146,11 @@ def test_a_summary_of_many_kept_vms_stays_short(fake_suite: Suite) -> None:
 
 @pytest.mark.parametrize(
     ("durations", "title", "shown"),
-    [("2", "*slowest 2 VM boots*", 2), ("0", "*slowest VM boots*", 3), ("10", "*10 VM boots*", 3)],
+    [
+        ("2", "*slowest 2 VM starts*", 2),
+        ("0", "*slowest VM starts*", 3),
+        ("10", "*10 VM starts*", 3),
+    ],
 )
 @pytest.mark.parametrize("arguments", [[], ["-n2"]], ids=" ".join)
 def test_durations_shows_the_slowest_boots(
@@ -162,7 +166,7 @@ def test_durations_shows_the_slowest_boots(
 
 def test_no_boots_are_listed_without_durations_or_below_their_minimum(fake_suite: Suite) -> None:
     assert "slowest" not in fake_suite(ONE).stdout.str()
-    assert "VM boots" not in fake_suite(ONE, "--durations=3", "--durations-min=9").stdout.str()
+    assert "VM starts" not in fake_suite(ONE, "--durations=3", "--durations-min=9").stdout.str()
 
 
 @pytest.mark.parametrize("arguments", [[], ["-n1"]], ids=" ".join)

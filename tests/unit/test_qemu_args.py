@@ -27,7 +27,7 @@ def argv(**changes: Any) -> list[str]:
         "vcpu_count": 1,
         "mem_size_mib": 256,
         "disk": Disk(
-            Image(Path("/state/vm-1/disk.qcow2"), "qcow2"), Image(Path("/images/root"), "raw")
+            Image(Path("/state/vm-1/disk.qcow2"), "qcow2"), (Image(Path("/images/root"), "raw"),)
         ),
         "network": "isolated",
         "accelerator": "tcg",
@@ -36,7 +36,7 @@ def argv(**changes: Any) -> list[str]:
     }
     architecture = changes.pop("architecture", X86)
     spec = MachineSpec(**{**fields, **changes})
-    return qemu_argv(spec, architecture, binary="qemu", monitor_fd=7)
+    return qemu_argv(spec, architecture, binary="qemu", monitor_fd=7, port_fd=8)
 
 
 def value(arguments: list[str], option: str, containing: str = "") -> str:

@@ -1,0 +1,462 @@
+"""How a VM starts: from a template where there is one, by booting where there is none.
+
+What a VM has to get to is a list of levels: the guest has booted, then something was prepared in
+it. Each level has a template. Whoever finds none takes the level below and makes it.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import secrets
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_smolvm import access, booting, diagnosis, snapshots, waking
+from pytest_smolvm.backends.base import Backend, Machine, MachineSpec
+from pytest_smolvm.config import VMConfig
+from pytest_smolvm.errors import OperationTimeoutError, SmolVMError
+from pytest_smolvm.guest import Guest
+from pytest_smolvm.images.manifest import read_manifest
+from pytest_smolvm.journal import Journal
+from pytest_smolvm.process import Deadline
+from pytest_smolvm.records import VMState
+from pytest_smolvm.store import Store, VMDirectory
+from pytest_smolvm.templates import (
+    Template,
+    TemplateFacts,
+    Templates,
+    base_key,
+    prepared_key,
+)
+from pytest_smolvm.waking import Identity
+
+if TYPE_CHECKING:
+    from pytest_smolvm.ssh import Login
+    from pytest_smolvm.vm import SmolVM
+
+logger = logging.getLogger(__name__)
+
+SNAPSHOT_TIMEOUT_S = 120.0
+_WAKE_TIMEOUT_S = 60.0
+_GIVE_UP_AFTER = 2
+_PREPARE_TIMEOUT_S = 900.0
+_failures: collections.Counter[str] = collections.Counter()
+"""How often this process met a template that was of no use, by key."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is done in a VM before anybody gets it."""
+
+    key: str
+    """Equal for equal work, whose result is kept as a template; empty: there is no telling, and
+    it is done for each VM."""
+    run: Callable[[SmolVM], object]
+
+
+@dataclass(frozen=True)
+class _Level:
+    key: str
+    enter: Callable[[], object]
+    """Does what this level has over the one below."""
+
+
+class Startup(ABC):
+    """The part of ``SmolVM`` that gets a machine to run and a guest to answer."""
+
+    _config: VMConfig
+    _store: Store
+    _state: VMState
+    _backend: Backend | None
+    _machine: Machine | None
+    _guest: Guest | None
+    _directory: VMDirectory | None
+    _journal: Journal
+    _ssh_user: str
+    _ssh_key_path: Path | None
+    _host_key: str
+    _timings: dict[str, float]
+    _during: str
+    _restore: bool
+    _template: Template | None
+    _spec: MachineSpec | None
+    _layers: list[str]
+    _troubles: list[str]
+    _templates_made: int
+    _aborted: bool
+    _preparing: bool
+    """Whether its preparation is under way, or has failed."""
+
+    @abstractmethod
+    def _check_usable(self, grace_s: float) -> None:
+        """Raise unless the machine runs."""
+
+    @abstractmethod
+    def _write_record(self) -> None:
+        """Let other processes know how things stand."""
+
+    @abstractmethod
+    def _end_machine(self) -> None:
+        """End the machine, if there is one."""
+
+    @property
+    def _files(self) -> VMDirectory:
+        assert self._directory is not None  # noqa: S101 - claimed by whoever starts it
+        return self._directory
+
+    def _start_up(
+        self, backend: Backend, boot_timeout: float | None, preparation: Preparation | None
+    ) -> None:
+        self._backend = backend
+        timeout_s = Deadline(
+            booting.boot_timeout_s(boot_timeout, backend), "boot_timeout"
+        ).timeout_s
+        login = self._login()
+        if self._template is not None and not self._files.disk.exists():
+            self._check_fits(self._template)
+            self._start_from(self._template, login, timeout_s)
+            if self._config.env_vars != self._template.config.env_vars:
+                self._set_env_vars()
+        else:
+            levels = self._levels(preparation)
+            if levels:
+                self._reach(levels, login, timeout_s)
+            else:
+                self._cold_boot(login, timeout_s)
+                self._set_env_vars()
+            if preparation is not None and len(levels) < 2:
+                self._prepare_by(preparation.run)
+        logger.debug("%s started: %s", self._config.vm_id, self._timings)
+
+    @property
+    @abstractmethod
+    def _itself(self) -> SmolVM: ...
+
+    @abstractmethod
+    def _choose(self) -> Backend:
+        """The backend that runs it."""
+
+    def _login(self) -> Login | None:
+        if self._config.offers_ssh:
+            login = access.prepare_login(
+                self._config, self._ssh_user, self._ssh_key_path, self._store
+            )
+            self._host_key = login.host_key
+            return login
+        if self._config.env_vars:
+            access.check_offers_ssh(self._config)
+        return None
+
+    def abort_start(self) -> None:
+        """Have a ``start()`` that is under way in another thread fail soon."""
+        self._aborted = True
+        machine = self._machine
+        if machine is not None:
+            machine.kill()
+
+    def is_prepared(self, preparation: Preparation) -> bool:
+        """Whether ``start()`` would find a template in which that was done, or do it itself."""
+        self._backend = self._choose()
+        levels = self._levels(preparation)
+        return len(levels) > 1 and (Templates(self._store).root / levels[-1].key).is_dir()
+
+    @property
+    def restored(self) -> bool:
+        """Whether the last start was from a template; False: the guest booted."""
+        return "restore" in self._timings
+
+    @property
+    def troubles(self) -> list[str]:
+        """Why templates could not be used, or not be made; texts for people."""
+        return list(self._troubles)
+
+    @property
+    def templates_made(self) -> int:
+        """How many templates its starts have left for others."""
+        return self._templates_made
+
+    # -- by booting -----------------------------------------------------------
+
+    def _cold_boot(self, login: Login | None, timeout_s: float) -> None:
+        assert self._backend is not None  # noqa: S101 - chosen
+        deadline = Deadline(timeout_s, "boot_timeout")
+        layers = [self._files.path / name for name in self._layers]
+        launched = booting.launch(
+            self._config, self._backend, self._files, layers, self._store, deadline
+        )
+        self._adopt(launched)
+        if login is not None:
+            self._meet(launched.machine, login)
+            banner_at = self._connect(deadline, "while booting")
+            self._timings["boot"] = banner_at - launched.at
+            self._timings["ssh"] = time.monotonic() - banner_at
+            launched.machine.booted()
+
+    def _adopt(self, launched: booting.Launched) -> None:
+        self._machine, self._spec = launched.machine, launched.spec
+        self._timings = launched.timings
+        self._state = VMState.RUNNING
+        if self._aborted:
+            raise SmolVMError(f"the start of the VM {self._config.vm_id!r} was aborted")
+        self._write_record()
+
+    def _meet(self, machine: Machine, login: Login) -> None:
+        self._guest = Guest(machine.ssh_address, login, self._check_usable, self._journal)
+
+    def _connect(self, deadline: Deadline, during: str) -> float:
+        assert self._guest is not None and self._machine is not None  # noqa: S101, PT018
+        self._during = during
+        try:
+            return self._guest.connect(deadline)
+        except OperationTimeoutError as error:
+            end = self._machine.poll()
+            console = self._files.console
+            if end is not None:
+                raise diagnosis.died(self._config.vm_id, during, end, console) from None
+            raise diagnosis.never_answered(
+                self._config.vm_id, error, self._machine.command_line, console
+            ) from None
+        finally:
+            self._during = "on its own"
+
+    def _set_env_vars(self) -> None:
+        if self._config.env_vars and self._guest is not None:
+            self._guest.set_env_vars(self._config.env_vars)
+
+    def _prepare_by(self, run: Callable[[SmolVM], object]) -> None:
+        began = time.monotonic()
+        self._preparing = True
+        run(self._itself)
+        self._preparing = False
+        self._timings["prepare"] = time.monotonic() - began
+
+    # -- by templates -----------------------------------------------------------
+
+    def _levels(self, preparation: Preparation | None) -> list[_Level]:
+        """What this VM has to get to; empty: it cannot be restored."""
+        config, backend = self._config, self._backend
+        assert backend is not None  # noqa: S101 - chosen
+        if (
+            not (self._restore and backend.can_restore and config.offers_ssh)
+            or config.disk_mode != "isolated"
+            or self._files.disk.exists()
+            or not self._agent()
+        ):
+            return []
+        spec = booting.machine_spec(config, backend, self._files)
+        key = base_key(config, backend, spec, self._store)
+        levels = [_Level(key, lambda: None)]
+        if preparation is not None and preparation.key:
+            prepare = preparation.run
+            own_key = prepared_key(key, config, preparation.key)
+            levels.append(_Level(own_key, lambda: self._prepare_by(prepare)))
+        return [] if any(_failures[level.key] >= _GIVE_UP_AFTER for level in levels) else levels
+
+    def _agent(self) -> str:
+        """Where the guest's agent lies in the image; empty: it has none."""
+        manifest = read_manifest(self._config.rootfs_path)
+        return manifest.agent if manifest else ""
+
+    def _reach(self, levels: list[_Level], login: Login | None, timeout_s: float) -> None:
+        assert login is not None  # noqa: S101 - else there are no levels
+        if not levels:
+            self._cold_boot(login, timeout_s)
+            return
+        *below, level = levels
+        if self._start_from_kept(level.key, login, timeout_s, first=not below):
+            return
+        patience_s = timeout_s + (_PREPARE_TIMEOUT_S if below else 0)
+        with Templates(self._store).making(level.key, patience_s, self._note_wait) as may_make:
+            if self._start_from_kept(level.key, login, timeout_s, first=not below):
+                return  # made just now
+            self._reach(below, login, timeout_s)
+            level.enter()
+            self._make_template(level.key, may_make=may_make, first=not below)
+
+    def _note_wait(self) -> None:
+        logger.debug("%s waits for another's template", self._config.vm_id)
+
+    def _start_from_kept(self, key: str, login: Login, timeout_s: float, *, first: bool) -> bool:
+        templates = Templates(self._store)
+        try:
+            template = templates.find(key)
+            if template is None:
+                return False
+            env_vars = self._config.env_vars if first else None
+            self._start_from(template, login, timeout_s, env_vars)
+        except (SmolVMError, OSError) as error:
+            if self._aborted or self._was_killed(error):
+                raise  # which says nothing of the template
+            self._note_trouble(key, f"a template could not be used, and is made anew: {error}")
+            self._end_machine()
+            self._files.disk.unlink(missing_ok=True)
+            templates.discard(key)
+            return False
+        _failures.pop(key, None)
+        return True
+
+    def _was_killed(self, error: Exception) -> bool:
+        """Whether somebody killed the machine (the kernel, mostly, for want of memory)."""
+        end = self._machine.poll() if self._machine is not None else None
+        status = end.exit_status if end else getattr(error, "exit_status", None)
+        return status == -signal.SIGKILL
+
+    def _start_from(
+        self,
+        template: Template,
+        login: Login | None,
+        timeout_s: float,
+        env_vars: dict[str, str] | None = None,
+    ) -> None:
+        assert self._backend is not None and login is not None  # noqa: S101, PT018
+        deadline = Deadline(timeout_s, "boot_timeout")
+        launched = booting.launch_from(template, self._config, self._backend, self._files, deadline)
+        self._layers = list(template.facts.layers)
+        self._adopt(launched)
+        self._meet(launched.machine, login)
+        # One that wakes does so at once; there is another way if it does not.
+        wake_deadline = Deadline(min(deadline.remaining_s(), _WAKE_TIMEOUT_S))
+        try:
+            self._wake(Identity(self._config.vm_id, env_vars), wake_deadline)
+        except SmolVMError:
+            self._check_usable(0)  # a machine that died says more
+            raise
+        woken = time.monotonic()
+        self._timings["restore"] = woken - launched.at
+        self._log_in_on_port(deadline)
+        self._timings["ssh"] = time.monotonic() - woken
+        launched.machine.booted()
+
+    def _wake(self, identity: Identity, deadline: Deadline) -> None:
+        assert self._machine is not None  # noqa: S101 - it was launched
+        waking.wake(self._machine, identity, deadline)
+
+    def _log_in_on_port(self, deadline: Deadline) -> None:
+        assert self._machine is not None and self._guest is not None  # noqa: S101, PT018
+        # A duplicate: when that is closed the machine's end of the port stays open.
+        self._guest.connect_on(self._machine.port.dup(), deadline)
+
+    def _make_template(self, key: str, *, may_make: bool, first: bool) -> None:
+        """Keep what the guest is now as a template, if that can be; the VM lives on."""
+        began = time.monotonic()
+        env_vars = self._config.env_vars if first else None
+        if may_make:
+            templates = Templates(self._store)
+            try:
+                self._save(lambda write: templates.make(key, write), key, env_vars)
+                self._templates_made += 1
+            except (SmolVMError, OSError) as error:
+                if self._aborted:
+                    raise
+                self._note_trouble(key, f"a template could not be made: {error}")
+                self._check_usable(0)
+            else:
+                self._timings["template"] = time.monotonic() - began
+                return
+        if first:
+            self._set_env_vars()
+
+    def _save(
+        self,
+        make: Callable[[Callable[[Path], TemplateFacts]], Template],
+        key: str,
+        env_vars: dict[str, str] | None,
+        identity: Identity | None = None,
+    ) -> Template:
+        """Save the guest by ``make``, and go on with it, over its port."""
+        machine, guest, spec, backend = self._machine, self._guest, self._spec, self._backend
+        assert machine and guest and spec and backend  # noqa: S101, PT018 - it runs
+        agent = self._agent()
+        deadline = Deadline(SNAPSHOT_TIMEOUT_S)
+        layers = [self._files.path / name for name in self._layers]
+
+        def write(target: Path) -> TemplateFacts:
+            names = snapshots.save(
+                machine, spec, backend, layers, f"layer-{key}.qcow2", target, deadline
+            )
+            return self._facts(key, agent, backend.describe(spec), names)
+
+        try:
+            waking.lay_down(guest, machine, agent, deadline)
+            snapshots.wait_until_quiet(machine)
+            try:
+                template = make(write)
+            finally:
+                self._wake(identity or Identity(self._config.vm_id, env_vars), deadline)
+                self._log_in_on_port(deadline)
+        except BaseException:
+            # It answers over its network, as it did before.
+            guest.disconnect()
+            raise
+        return template
+
+    def _take_snapshot(self) -> Template:
+        """A template of the VM as it is, which goes with this process."""
+        access.check_offers_ssh(self._config)
+        assert self._backend is not None  # noqa: S101 - it runs
+        problem = ""
+        if not self._backend.can_restore:
+            problem = f"the backend {self._backend.name!r} cannot save machines"
+        elif self._config.disk_mode != "isolated":
+            problem = "its disk is shared with other VMs (disk_mode='isolated' gives it its own)"
+        elif not self._agent():
+            problem = (
+                f"the image {self._config.rootfs_path} lacks the agent that a restored guest "
+                "needs; images made by ImageBuilder have it"
+            )
+        if problem:
+            raise SmolVMError(
+                f"no snapshot can be taken of the VM {self._config.vm_id!r}: {problem}"
+            )
+        identity = Identity(self._config.vm_id, machine_id=None, boot_id=None)
+        templates = Templates(self._store)
+        return self._save(templates.make_owned, secrets.token_hex(16), None, identity)
+
+    def _check_fits(self, template: Template) -> None:
+        """Raise unless this VM's machine can start from the template."""
+        backend = self._backend
+        if backend is None:
+            raise SmolVMError(
+                f"the VM {self._config.vm_id!r} never started: SmolVM.from_template(...) makes a "
+                "VM that starts from a template"
+            )
+        if not template.path.is_dir():
+            raise SmolVMError(f"the template {template.key} is gone: it was deleted")
+        made_by = backend.describe(booting.machine_spec(self._config, backend, self._files))
+        if (
+            template.facts.made_by != made_by
+            or template.config.rootfs_path != self._config.rootfs_path
+        ):
+            raise SmolVMError(
+                f"the template {template.key} was made of a VM of another configuration "
+                f"({template.facts.vm_id}): {self._config.vm_id} cannot start from it"
+            )
+
+    def _go_back_to(self, template: Template) -> None:
+        assert self._backend is not None  # noqa: S101 - it started once
+        self._start_from(template, self._login(), booting.boot_timeout_s(None, self._backend))
+
+    def _facts(self, key: str, agent: str, made_by: list[str], layers: list[str]) -> TemplateFacts:
+        facts: dict[str, Any] = {
+            "key": key,
+            "vm_id": self._config.vm_id,
+            "config": self._config.model_dump(mode="json"),
+            "ssh_user": self._ssh_user,
+            "ssh_key_path": str(self._ssh_key_path) if self._ssh_key_path else None,
+            "accelerator": self._backend.accelerator if self._backend else "",
+            "agent": agent,
+            "made_by": made_by,
+            "layers": layers,
+        }
+        return TemplateFacts.model_validate(facts)
+
+    def _note_trouble(self, key: str, text: str) -> None:
+        _failures[key] += 1
+        logger.warning("%s: %s", self._config.vm_id, text)
+        self._troubles.append(text)
