@@ -81,9 +81,9 @@ class Guest:
             notes.result = self._run(command, timeout, **options)
         return notes.result.check() if check else notes.result
 
-    def ask(self, command: str, timeout: float) -> CommandResult:
+    def ask(self, command: str, timeout: float, *, shell: commands.Shell = "raw") -> CommandResult:
         """Run a command of the library's own, which nobody needs to hear of."""
-        return self._run(command, timeout, shell="raw", kill_timeout_s=1.0)
+        return self._run(command, timeout, shell=shell, kill_timeout_s=1.0)
 
     def _run(
         self,

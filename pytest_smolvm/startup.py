@@ -22,7 +22,7 @@ from pytest_smolvm.backends.base import Backend, Machine, MachineSpec
 from pytest_smolvm.config import VMConfig
 from pytest_smolvm.errors import OperationTimeoutError, SmolVMError
 from pytest_smolvm.guest import Guest
-from pytest_smolvm.images.manifest import read_manifest
+from pytest_smolvm.images.manifest import ImageManifest, read_manifest
 from pytest_smolvm.journal import Journal
 from pytest_smolvm.process import Deadline
 from pytest_smolvm.records import VMState
@@ -260,8 +260,10 @@ class Startup(ABC):
 
     def _agent(self) -> str:
         """Where the guest's agent lies in the image; empty: it has none."""
-        manifest = read_manifest(self._config.rootfs_path)
-        return manifest.agent if manifest else ""
+        return self._manifest().agent
+
+    def _manifest(self) -> ImageManifest:
+        return read_manifest(self._config.rootfs_path) or ImageManifest(host_key="")
 
     def _reach(self, levels: list[_Level], login: Login | None, timeout_s: float) -> None:
         assert login is not None  # noqa: S101 - else there are no levels
@@ -349,7 +351,8 @@ class Startup(ABC):
         if may_make:
             templates = Templates(self._store)
             try:
-                self._save(lambda write: templates.make(key, write), key, env_vars)
+                identity = Identity(self._config.vm_id, env_vars)
+                self._save(lambda write: templates.make(key, write), key, identity, fresh=first)
                 self._templates_made += 1
             except (SmolVMError, OSError) as error:
                 if self._aborted:
@@ -366,13 +369,17 @@ class Startup(ABC):
         self,
         make: Callable[[Callable[[Path], TemplateFacts]], Template],
         key: str,
-        env_vars: dict[str, str] | None,
-        identity: Identity | None = None,
+        identity: Identity,
+        *,
+        fresh: bool = False,
     ) -> Template:
-        """Save the guest by ``make``, and go on with it, over its port."""
+        """Save the guest by ``make``, and go on with it as ``identity``, over its port.
+
+        ``fresh``: nothing has happened in it since it booted.
+        """
         machine, guest, spec, backend = self._machine, self._guest, self._spec, self._backend
         assert machine and guest and spec and backend  # noqa: S101, PT018 - it runs
-        agent = self._agent()
+        manifest = self._manifest()
         deadline = Deadline(SNAPSHOT_TIMEOUT_S)
         layers = [self._files.path / name for name in self._layers]
 
@@ -380,15 +387,21 @@ class Startup(ABC):
             names = snapshots.save(
                 machine, spec, backend, layers, f"layer-{key}.qcow2", target, deadline
             )
-            return self._facts(key, agent, backend.describe(spec), names)
+            return self._facts(key, manifest.agent, backend.describe(spec), names)
 
         try:
-            waking.lay_down(guest, machine, agent, deadline)
+            waking.lay_down(
+                guest,
+                machine,
+                manifest.agent,
+                deadline,
+                has_boot_id=manifest.reads_boot_id or not fresh,
+            )
             snapshots.wait_until_quiet(machine)
             try:
                 template = make(write)
             finally:
-                self._wake(identity or Identity(self._config.vm_id, env_vars), deadline)
+                self._wake(identity, deadline)
                 self._log_in_on_port(deadline)
         except BaseException:
             # It answers over its network, as it did before.
@@ -416,7 +429,7 @@ class Startup(ABC):
             )
         identity = Identity(self._config.vm_id, machine_id=None, boot_id=None)
         templates = Templates(self._store)
-        return self._save(templates.make_owned, secrets.token_hex(16), None, identity)
+        return self._save(templates.make_owned, secrets.token_hex(16), identity)
 
     def _check_fits(self, template: Template) -> None:
         """Raise unless this VM's machine can start from the template."""

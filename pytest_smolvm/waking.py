@@ -48,13 +48,18 @@ class Identity:
     """Each None: it stays what it was."""
 
 
-def lay_down(guest: Guest, machine: Machine, agent: str, deadline: Deadline) -> None:
+def lay_down(
+    guest: Guest, machine: Machine, agent: str, deadline: Deadline, *, has_boot_id: bool
+) -> None:
     """Bring the guest to where a saved state of it can be woken: its agent waits on the port.
 
     All of our connections are closed then. The kernel makes up its boot id when somebody
-    first asks, and never again: a file that the agent can write stands in its place.
+    first asks, and never again: once it may have (``has_boot_id``), a file that the agent can
+    write takes its place.
     """
     guest.disconnect()
+    # What a command has to look up on the disk is looked up here, once for all.
+    guest.ask("true", max(0.1, deadline.remaining_s()), shell="login")
     script = f"""
 mkdir -p {_RUN} && cd {_RUN} || exit 1
 [ ! -r agent.pid ] || {{ read -r pid < agent.pid && kill -9 -- "-$pid" 2> /dev/null; }}
@@ -63,7 +68,7 @@ for entry in /sys/class/virtio-ports/*; do
     read -r name < "$entry/name" && [ "$name" = {PORT_NAME} ] && port="/dev/${{entry##*/}}"
 done
 [ -n "$port" ] || {{ echo "there is no port {PORT_NAME}" >&2; exit 1; }}
-if [ ! -e boot_id ]; then
+if {"[ ! -e boot_id ]" if has_boot_id else "false"}; then
     cat /proc/sys/kernel/random/boot_id > boot_id && chmod 444 boot_id &&
         mount --bind {_RUN}/boot_id /proc/sys/kernel/random/boot_id
 fi

@@ -36,6 +36,9 @@ class ImageManifest(BaseModel):
     """Versions of the packages that the image was made from."""
     agent: str = ""
     """Where in the image the agent lies that a restored guest needs; empty: it has none."""
+    reads_boot_id: bool = True
+    """Whether something reads the kernel's boot id while the image boots. Where nothing has, each
+    restored guest makes up its own when it is first asked."""
 
 
 def manifest_path(rootfs: Path) -> Path:

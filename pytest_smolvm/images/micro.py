@@ -98,6 +98,7 @@ class MicroRecipe:
                 authorized_keys=[self._public_key],
                 packages={p.name: p.version for p in self.packages},
                 agent=f"/{guestfiles.AGENT}",
+                reads_boot_id=False,
             ),
         )
 
