@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -15,38 +14,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import restoring
 from benchmarks.bare import BareGuest
+from benchmarks.table import alternate, head, row
 from pytest_smolvm import SSH_BOOT_ARGS, ImageBuilder, SmolVM, VMConfig
-from pytest_smolvm.store import shared_store
-
-Seconds = list[float]
-
-
-def alternate(rounds: int, ours: Callable[[], float], bare: Callable[[], float]) -> list[Seconds]:
-    """Both in turn, each first as often as second."""
-    times: list[Seconds] = [[], []]
-    for number in range(rounds):
-        order = [(0, ours), (1, bare)]
-        for index, measure in order if number % 2 else reversed(order):
-            times[index].append(measure())
-    return times
-
-
-def row(name: str, bar: str, ours: Seconds, bare: Seconds) -> str:
-    def milliseconds(times: Seconds) -> str:
-        ordered = sorted(times)
-        p95 = ordered[min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))]
-        return f"{statistics.median(times) * 1e3:9.1f} {p95 * 1e3:9.1f}"
-
-    ratio = statistics.median(ours) / statistics.median(bare)
-    return f"{name:34} {milliseconds(ours)} {milliseconds(bare)} {ratio:7.2f}  {bar}"
 
 
 def cold_boot(config: VMConfig, rounds: int) -> str:
-    store = shared_store()
-
     def ours() -> float:
-        vm = SmolVM(config)
+        vm = SmolVM(config, restore=False)
         began = time.perf_counter()
         vm.start()
         seconds = time.perf_counter() - began
@@ -54,8 +30,8 @@ def cold_boot(config: VMConfig, rounds: int) -> str:
         return seconds
 
     def bare() -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            guest = BareGuest(config, store, Path(folder))
+        with restoring.bare_setting(config, None) as setting:
+            guest = BareGuest(setting)
             guest.end()
         return guest.seconds
 
@@ -63,8 +39,8 @@ def cold_boot(config: VMConfig, rounds: int) -> str:
 
 
 def run_true(config: VMConfig, rounds: int) -> str:
-    with SmolVM(config) as vm, tempfile.TemporaryDirectory() as folder:
-        guest = BareGuest(config, shared_store(), Path(folder))
+    with SmolVM(config) as vm, restoring.bare_setting(config, None) as setting:
+        guest = BareGuest(setting)
 
         def timed(action: Callable[[], object]) -> Callable[[], float]:
             def measure() -> float:
@@ -109,6 +85,9 @@ def main() -> None:
     parser.add_argument("--boots", type=int, default=15, metavar="N", help="rounds of cold boots")
     parser.add_argument("--runs", type=int, default=300, metavar="N", help="rounds of run()")
     parser.add_argument("--loads", type=int, default=30, metavar="N", help="rounds of loading")
+    parser.add_argument("--restores", type=int, default=40, metavar="N", help="rounds of restores")
+    parser.add_argument("--tests", type=int, default=100, metavar="N", help="tests, two workers")
+    parser.add_argument("--vms", type=int, default=500, metavar="N", help="VMs in one process")
     wanted = parser.parse_args()
     kernel, rootfs = ImageBuilder().build_micro_ssh_key()
     config = VMConfig(
@@ -119,10 +98,23 @@ def main() -> None:
         vcpu_count=1,
         mem_size_mib=256,
     )
-    print(f"{'milliseconds':34} {'median':>9} {'p95':>9} {'bare':>9} {'p95':>9}   ratio  bar")
+    print(head())
     print(plugin_load(wanted.loads), flush=True)
     print(run_true(config, wanted.runs), flush=True)
     print(cold_boot(config, wanted.boots), flush=True)
+    # What follows is with the defaults: two virtual CPUs, 512 MiB.
+    config = VMConfig(kernel_path=kernel, rootfs_path=rootfs, boot_args=SSH_BOOT_ARGS)
+    template = restoring.template_of(config)
+    figures: list[Callable[[], list[str]]] = [
+        lambda: restoring.first_command(config, template, wanted.restores),
+        lambda: [restoring.boot_or_restore(config, wanted.boots)],
+        lambda: [restoring.wait_with_prefetch(max(5, wanted.restores // 2))],
+        lambda: restoring.throughput(config, template, wanted.tests),
+        lambda: restoring.memory_and_disk(config),
+        lambda: restoring.growth(config, wanted.vms),
+    ]
+    for measure in figures:
+        print("\n".join(measure()), flush=True)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ class Setting:
         self._empty = folder / "empty.qcow2"
         self._disk = create_overlay(config.rootfs_path, self._empty, layers)
         self._number = 0
+        self.over_tcp = False
+        """Whether a restored guest is met at its network, as one that booted is."""
 
     @contextlib.contextmanager
     def command_line(self, port: int, monitor_fd: int, port_fd: int) -> Iterator[list[str]]:
@@ -99,7 +101,8 @@ class BareGuest:
         began = time.perf_counter()
         self._monitor, monitor = socket.socketpair()
         self._port, port = socket.socketpair()
-        tcp_port = 0 if setting.template else free_port()
+        over_tcp = setting.template is None or setting.over_tcp
+        tcp_port = free_port() if over_tcp else 0
         argv = self._stack.enter_context(
             setting.command_line(tcp_port, monitor.fileno(), port.fileno())
         )
@@ -114,10 +117,12 @@ class BareGuest:
         if state:
             self._resume(state.fileno())
             state.close()
-            sock = self._wake()
-        else:
-            sock = self._wait_for_banner(tcp_port)
+        if over_tcp:
+            # A restored guest is up: more patience gets the banner sooner.
+            sock = self._wait_for_banner(tcp_port, 1.0 if setting.template else 0.1)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        else:
+            sock = self._wake()
         self.transport = paramiko.Transport(sock)
         self.transport.start_client(timeout=60)
         self.transport.auth_publickey("root", setting.key)
@@ -157,12 +162,12 @@ class BareGuest:
         self._port.sendall(b"G")
         return self._port
 
-    def _wait_for_banner(self, port: int) -> socket.socket:
+    def _wait_for_banner(self, port: int, patience_s: float) -> socket.socket:
         end = time.monotonic() + _BOOT_TIMEOUT_S
         while time.monotonic() < end and self.process.poll() is None:
             sock = socket.socket()
             # QEMU accepts before the guest listens: an early attempt is lost.
-            sock.settimeout(0.1)
+            sock.settimeout(patience_s)
             try:
                 sock.connect(("127.0.0.1", port))
                 if sock.recv(1, socket.MSG_PEEK):
