@@ -28,6 +28,7 @@ from pytest_smolvm.inventory import Entry, inventory
 from pytest_smolvm.records import VMState
 from pytest_smolvm.statedir import STATE_DIR_VARIABLE
 from pytest_smolvm.store import Store
+from pytest_smolvm.templates import Templates
 from pytest_smolvm.terminal import harmless
 from pytest_smolvm.vm import JoinedVM, SmolVM
 
@@ -146,13 +147,13 @@ def rm(vm_ids: tuple[str, ...]) -> None:
 @click.option("--kept", is_flag=True, help="Also what was kept to be looked at.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 def gc(kept: bool, as_json: bool) -> None:
-    """Remove what dead owners left behind.
+    """Remove what dead owners left behind, and templates that nobody has used for long.
 
     What was kept stays, unless --kept is given; disks that a configuration asked to
     keep (retain_disk_on_delete) stay in any case.
     """
     store = Store()
-    removed = store.sweep()
+    removed = store.sweep() + Templates(store).sweep()
     if kept:
         for entry in inventory(store):
             if entry.record.retained and not entry.record.keep_disk and not entry.live:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_smolvm.records import VMRecord, read_record
+from pytest_smolvm.statedir import allocated_bytes
 from pytest_smolvm.store import Store
-
-_BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's: stat(2)
 
 
 @dataclass(frozen=True)
@@ -33,18 +30,8 @@ class Entry:
 
     @property
     def size_bytes(self) -> int:
-        """What its files take of the host's disk now; holes take nothing."""
-        return allocated_bytes(self.path)
-
-
-def allocated_bytes(directory: Path) -> int:
-    """What the files in a directory take of the disk."""
-    total = 0
-    with contextlib.suppress(FileNotFoundError):
-        for path in directory.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                total += os.lstat(path).st_blocks * _BLOCK_BYTES
-    return total
+        """What its files take of the host's disk now, but for those that others have too."""
+        return allocated_bytes(self.path, linked=False)
 
 
 def inventory(store: Store) -> list[Entry]:

@@ -13,7 +13,8 @@ README_NAME = "README.txt"
 
 _FILES = (
     ("vm.json", "its configuration, and what is known of it"),
-    ("disk.qcow2", "its disk: a qcow2 overlay on the image that it was booted from"),
+    ("disk.qcow2", "its disk: a qcow2 overlay on the image that it was made from"),
+    ("layer-*.qcow2", "what its disk lies over: the disks of the guests that it began with"),
     ("console.log", "what it wrote to its console"),
     ("console.1.log", "the same, of the boot before"),
     ("commands.jsonl", "the commands that were run in it: exit codes, times, output"),
@@ -54,7 +55,7 @@ def readme(record: VMRecord, directory: Path) -> str:
     lines += [f"  {command_line(state_dir, 'ssh', record.vm_id)}", ""]
     lines += ["To be rid of it:", "", f"  {command_line(state_dir, 'rm', record.vm_id)}", ""]
     lines += ["What lies here:", ""]
-    lines += [f"  {name:<18}{what}" for name, what in _FILES if (directory / name).exists()]
+    lines += [f"  {name:<18}{what}" for name, what in _FILES if any(directory.glob(name))]
     return "\n".join(lines) + "\n"
 
 

@@ -8,32 +8,22 @@ from __future__ import annotations
 
 import collections
 import logging
-import secrets
 import signal
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pytest_smolvm import access, booting, diagnosis, snapshots, waking
-from pytest_smolvm.backends.base import Backend, Machine, MachineSpec
-from pytest_smolvm.config import VMConfig
+from pytest_smolvm import access, booting, diagnosis
+from pytest_smolvm.backends.base import Backend, Machine
 from pytest_smolvm.errors import OperationTimeoutError, SmolVMError
 from pytest_smolvm.guest import Guest
-from pytest_smolvm.images.manifest import ImageManifest, read_manifest
 from pytest_smolvm.journal import Journal
 from pytest_smolvm.process import Deadline
 from pytest_smolvm.records import VMState
-from pytest_smolvm.store import Store, VMDirectory
-from pytest_smolvm.templates import (
-    Template,
-    TemplateFacts,
-    Templates,
-    base_key,
-    prepared_key,
-)
+from pytest_smolvm.saving import Saving
+from pytest_smolvm.templates import Template, base_key, prepared_key, shared_templates
 from pytest_smolvm.waking import Identity
 
 if TYPE_CHECKING:
@@ -42,7 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SNAPSHOT_TIMEOUT_S = 120.0
 _WAKE_TIMEOUT_S = 60.0
 _GIVE_UP_AFTER = 2
 _PREPARE_TIMEOUT_S = 900.0
@@ -67,26 +56,14 @@ class _Level:
     """Does what this level has over the one below."""
 
 
-class Startup(ABC):
+class Startup(Saving):
     """The part of ``SmolVM`` that gets a machine to run and a guest to answer."""
 
-    _config: VMConfig
-    _store: Store
-    _state: VMState
-    _backend: Backend | None
-    _machine: Machine | None
-    _guest: Guest | None
-    _directory: VMDirectory | None
     _journal: Journal
-    _ssh_user: str
-    _ssh_key_path: Path | None
     _host_key: str
-    _timings: dict[str, float]
     _during: str
     _restore: bool
     _template: Template | None
-    _spec: MachineSpec | None
-    _layers: list[str]
     _troubles: list[str]
     _templates_made: int
     _aborted: bool
@@ -94,21 +71,8 @@ class Startup(ABC):
     """Whether its preparation is under way, or has failed."""
 
     @abstractmethod
-    def _check_usable(self, grace_s: float) -> None:
-        """Raise unless the machine runs."""
-
-    @abstractmethod
     def _write_record(self) -> None:
         """Let other processes know how things stand."""
-
-    @abstractmethod
-    def _end_machine(self) -> None:
-        """End the machine, if there is one."""
-
-    @property
-    def _files(self) -> VMDirectory:
-        assert self._directory is not None  # noqa: S101 - claimed by whoever starts it
-        return self._directory
 
     def _start_up(
         self, backend: Backend, boot_timeout: float | None, preparation: Preparation | None
@@ -164,7 +128,7 @@ class Startup(ABC):
         """Whether ``start()`` would find a template in which that was done, or do it itself."""
         self._backend = self._choose()
         levels = self._levels(preparation)
-        return len(levels) > 1 and (Templates(self._store).root / levels[-1].key).is_dir()
+        return len(levels) > 1 and (shared_templates(self._store).root / levels[-1].key).is_dir()
 
     @property
     def restored(self) -> bool:
@@ -258,13 +222,6 @@ class Startup(ABC):
             levels.append(_Level(own_key, lambda: self._prepare_by(prepare)))
         return [] if any(_failures[level.key] >= _GIVE_UP_AFTER for level in levels) else levels
 
-    def _agent(self) -> str:
-        """Where the guest's agent lies in the image; empty: it has none."""
-        return self._manifest().agent
-
-    def _manifest(self) -> ImageManifest:
-        return read_manifest(self._config.rootfs_path) or ImageManifest(host_key="")
-
     def _reach(self, levels: list[_Level], login: Login | None, timeout_s: float) -> None:
         assert login is not None  # noqa: S101 - else there are no levels
         if not levels:
@@ -274,7 +231,9 @@ class Startup(ABC):
         if self._start_from_kept(level.key, login, timeout_s, first=not below):
             return
         patience_s = timeout_s + (_PREPARE_TIMEOUT_S if below else 0)
-        with Templates(self._store).making(level.key, patience_s, self._note_wait) as may_make:
+        with shared_templates(self._store).making(
+            level.key, patience_s, self._note_wait
+        ) as may_make:
             if self._start_from_kept(level.key, login, timeout_s, first=not below):
                 return  # made just now
             self._reach(below, login, timeout_s)
@@ -285,7 +244,7 @@ class Startup(ABC):
         logger.debug("%s waits for another's template", self._config.vm_id)
 
     def _start_from_kept(self, key: str, login: Login, timeout_s: float, *, first: bool) -> bool:
-        templates = Templates(self._store)
+        templates = shared_templates(self._store)
         try:
             template = templates.find(key)
             if template is None:
@@ -335,21 +294,12 @@ class Startup(ABC):
         self._timings["ssh"] = time.monotonic() - woken
         launched.machine.booted()
 
-    def _wake(self, identity: Identity, deadline: Deadline) -> None:
-        assert self._machine is not None  # noqa: S101 - it was launched
-        waking.wake(self._machine, identity, deadline)
-
-    def _log_in_on_port(self, deadline: Deadline) -> None:
-        assert self._machine is not None and self._guest is not None  # noqa: S101, PT018
-        # A duplicate: when that is closed the machine's end of the port stays open.
-        self._guest.connect_on(self._machine.port.dup(), deadline)
-
     def _make_template(self, key: str, *, may_make: bool, first: bool) -> None:
         """Keep what the guest is now as a template, if that can be; the VM lives on."""
         began = time.monotonic()
         env_vars = self._config.env_vars if first else None
         if may_make:
-            templates = Templates(self._store)
+            templates = shared_templates(self._store)
             try:
                 identity = Identity(self._config.vm_id, env_vars)
                 self._save(lambda write: templates.make(key, write), key, identity, fresh=first)
@@ -365,109 +315,9 @@ class Startup(ABC):
         if first:
             self._set_env_vars()
 
-    def _save(
-        self,
-        make: Callable[[Callable[[Path], TemplateFacts]], Template],
-        key: str,
-        identity: Identity,
-        *,
-        fresh: bool = False,
-    ) -> Template:
-        """Save the guest by ``make``, and go on with it as ``identity``, over its port.
-
-        ``fresh``: nothing has happened in it since it booted.
-        """
-        machine, guest, spec, backend = self._machine, self._guest, self._spec, self._backend
-        assert machine and guest and spec and backend  # noqa: S101, PT018 - it runs
-        manifest = self._manifest()
-        deadline = Deadline(SNAPSHOT_TIMEOUT_S)
-        layers = [self._files.path / name for name in self._layers]
-
-        def write(target: Path) -> TemplateFacts:
-            names = snapshots.save(
-                machine, spec, backend, layers, f"layer-{key}.qcow2", target, deadline
-            )
-            return self._facts(key, manifest.agent, backend.describe(spec), names)
-
-        try:
-            waking.lay_down(
-                guest,
-                machine,
-                manifest.agent,
-                deadline,
-                has_boot_id=manifest.reads_boot_id or not fresh,
-            )
-            snapshots.wait_until_quiet(machine)
-            try:
-                template = make(write)
-            finally:
-                self._wake(identity, deadline)
-                self._log_in_on_port(deadline)
-        except BaseException:
-            # It answers over its network, as it did before.
-            guest.disconnect()
-            raise
-        return template
-
-    def _take_snapshot(self) -> Template:
-        """A template of the VM as it is, which goes with this process."""
-        access.check_offers_ssh(self._config)
-        assert self._backend is not None  # noqa: S101 - it runs
-        problem = ""
-        if not self._backend.can_restore:
-            problem = f"the backend {self._backend.name!r} cannot save machines"
-        elif self._config.disk_mode != "isolated":
-            problem = "its disk is shared with other VMs (disk_mode='isolated' gives it its own)"
-        elif not self._agent():
-            problem = (
-                f"the image {self._config.rootfs_path} lacks the agent that a restored guest "
-                "needs; images made by ImageBuilder have it"
-            )
-        if problem:
-            raise SmolVMError(
-                f"no snapshot can be taken of the VM {self._config.vm_id!r}: {problem}"
-            )
-        identity = Identity(self._config.vm_id, machine_id=None, boot_id=None)
-        templates = Templates(self._store)
-        return self._save(templates.make_owned, secrets.token_hex(16), identity)
-
-    def _check_fits(self, template: Template) -> None:
-        """Raise unless this VM's machine can start from the template."""
-        backend = self._backend
-        if backend is None:
-            raise SmolVMError(
-                f"the VM {self._config.vm_id!r} never started: SmolVM.from_template(...) makes a "
-                "VM that starts from a template"
-            )
-        if not template.path.is_dir():
-            raise SmolVMError(f"the template {template.key} is gone: it was deleted")
-        made_by = backend.describe(booting.machine_spec(self._config, backend, self._files))
-        if (
-            template.facts.made_by != made_by
-            or template.config.rootfs_path != self._config.rootfs_path
-        ):
-            raise SmolVMError(
-                f"the template {template.key} was made of a VM of another configuration "
-                f"({template.facts.vm_id}): {self._config.vm_id} cannot start from it"
-            )
-
     def _go_back_to(self, template: Template) -> None:
         assert self._backend is not None  # noqa: S101 - it started once
         self._start_from(template, self._login(), booting.boot_timeout_s(None, self._backend))
-
-    def _facts(self, key: str, agent: str, made_by: list[str], layers: list[str]) -> TemplateFacts:
-        facts: dict[str, Any] = {
-            "key": key,
-            "vm_id": self._config.vm_id,
-            "config": self._config.model_dump(mode="json"),
-            "ssh_user": self._ssh_user,
-            "ssh_key_path": str(self._ssh_key_path) if self._ssh_key_path else None,
-            "accelerator": self._backend.accelerator if self._backend else "",
-            "agent": agent,
-            "made_by": made_by,
-            "layers": layers,
-        }
-        return TemplateFacts.model_validate(facts)
 
     def _note_trouble(self, key: str, text: str) -> None:
         _failures[key] += 1

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from pytest_smolvm.errors import OperationTimeoutError, SmolVMError
 
+_BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's: stat(2)
 STATE_DIR_VARIABLE = "SMOLVM_STATE_DIR"
 
 
@@ -85,6 +86,21 @@ def locked(
         yield
     finally:
         lock.release()
+
+
+def allocated_bytes(directory: Path, *, linked: bool = True) -> int:
+    """What the files in a directory take of the disk; holes take nothing.
+
+    ``linked=False`` leaves out those that lie in other directories as well (hard links).
+    """
+    total = 0
+    with contextlib.suppress(FileNotFoundError):
+        for path in directory.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                facts = path.lstat()
+                if linked or facts.st_nlink == 1:
+                    total += facts.st_blocks * _BLOCK_BYTES
+    return total
 
 
 def remove_tree(path: Path) -> None:

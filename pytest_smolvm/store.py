@@ -223,7 +223,8 @@ class Store:
                 record = read_record(path)
                 if record is None or record.retained is None or record.keep_disk:
                     return
-                (path / "disk.qcow2").unlink(missing_ok=True)
+                for disk in path.glob("*.qcow2"):
+                    disk.unlink()
                 record.retained = record.retained.model_copy(update={"without_disk": why})
                 _write_kept(path, record)
             finally:

@@ -38,7 +38,14 @@ from pytest_smolvm.backends.base import Backend, MachineSpec
 from pytest_smolvm.config import VMConfig
 from pytest_smolvm.disks import data_extents, fingerprint
 from pytest_smolvm.errors import OperationTimeoutError, SmolVMError
-from pytest_smolvm.statedir import locked, make_private_dir, read_json, remove_tree, write_json
+from pytest_smolvm.statedir import (
+    allocated_bytes,
+    locked,
+    make_private_dir,
+    read_json,
+    remove_tree,
+    write_json,
+)
 from pytest_smolvm.store import Store
 
 FORMAT = 1
@@ -85,6 +92,8 @@ class TemplateFacts(BaseModel):
     """The backend's description of the machine."""
     layers: list[str]
     """The nearest first."""
+    disk: list[str | int]
+    """The image under them: path, size, time of the last change (ns)."""
     files: dict[str, FileFacts] = {}
 
 
@@ -193,6 +202,11 @@ class Templates:
             facts = facts.model_copy(update={"files": files})
             write_json(scratch / _FACTS, facts.model_dump(mode="json"))
             scratch.replace(path)
+        except OSError as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise TemplateError(
+                f"nothing can be written to {self.root}: {error.strerror}", {"path": str(path)}
+            ) from error
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
@@ -212,11 +226,11 @@ class Templates:
 
         Returns what was removed. One that was used within the last hour stays.
         """
-        swept = self._sweep_owned()
+        swept = self.sweep_leftovers()
         found = []
         for facts in self.root.glob(f"[!.]*/{_FACTS}"):
             with contextlib.suppress(FileNotFoundError):  # another process sweeps, too
-                found.append((facts.stat().st_mtime, _allocated(facts.parent), facts.parent))
+                found.append((facts.stat().st_mtime, allocated_bytes(facts.parent), facts.parent))
         found.sort()
         total, now = sum(size for _, size, _ in found), time.time()
         for used_at, size, path in found:
@@ -227,27 +241,35 @@ class Templates:
                 self.discard(path.name)
                 total -= size
                 swept.append(path.name)
-        return swept + self._sweep_unfinished()
+        return swept
 
-    def _sweep_owned(self) -> list[str]:
+    def sweep_leftovers(self) -> list[str]:
+        """Remove what dead processes left: their own templates, and unfinished ones."""
         swept = []
         with self._store.guarded():
             for folder in self.root.glob(f"{_OWNED}*"):
                 if (os.getpid(), folder) not in _owned and _is_free(folder / "lock"):
                     remove_tree(folder)
                     swept.append(folder.name)
+        for scratch in self.root.glob(".*"):
+            # Whoever makes one holds the lock meanwhile.
+            if _is_free(self.root / f"{scratch.name.split('.')[1]}.lock"):
+                remove_tree(scratch)
+                swept.append(scratch.name)
         return swept
 
-    def _sweep_unfinished(self) -> list[str]:
-        swept = []
-        for scratch in self.root.glob(".*"):
-            key = scratch.name.split(".")[1]
-            with contextlib.suppress(FileNotFoundError):
-                age_s = time.time() - scratch.stat().st_mtime
-                if age_s > _IN_USE_S and _is_free(self.root / f"{key}.lock"):
-                    remove_tree(scratch)
-                    swept.append(scratch.name)
-        return swept
+
+_shared: dict[tuple[int, Path], Templates] = {}
+
+
+def shared_templates(store: Store) -> Templates:
+    """The templates of a store; what others left of theirs is removed once per process."""
+    key = (os.getpid(), store.root)
+    templates = _shared.get(key)
+    if templates is None or not templates.root.is_dir():
+        templates = _shared[key] = Templates(store)
+        templates.sweep_leftovers()
+    return templates
 
 
 _owned: dict[tuple[int, Path], FileLock] = {}
@@ -347,14 +369,6 @@ def _measure(path: Path) -> FileFacts:
                     checksum = zlib.crc32(block, checksum)
                 done = offset + _BLOCK
     return FileFacts(size=size, crc32=checksum)
-
-
-def _allocated(folder: Path) -> int:
-    total = 0
-    for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_blocks * 512
-    return total
 
 
 def _is_free(lock_path: Path) -> bool:

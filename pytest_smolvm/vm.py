@@ -217,39 +217,6 @@ class SmolVM(Startup, Inside, Outside):
         vm._template = template
         return vm
 
-    def snapshot(self) -> Template:
-        """Save memory, devices and disk as they are, for other VMs to start from.
-
-        The VM stands still for some hundred milliseconds, and runs on; its SSH connections are
-        made anew. Raises ``SmolVMError`` where that cannot be: without SSH, with a shared disk,
-        with an image that has no agent.
-        """
-        with self._guard:
-            self._live_machine("take a snapshot of it")
-            self._check_usable(0)
-            return self._take_snapshot()
-
-    def restore(self, template: Template) -> Self:
-        """Go back to where ``template`` was made; what happened in the guest since is gone.
-
-        The VM keeps its id, and the ports that ``expose_local`` opened. Raises ``SmolVMError``
-        for a template of another configuration.
-        """
-        with self._guard:
-            self._require_owner("restore it")
-            self._check_not_deleted()
-            self._check_fits(template)
-            forwards = self._machine.forwards if self._machine is not None else {}
-            self._end_machine()
-            try:
-                self._go_back_to(template)
-                for host_port, guest_port in forwards.items():
-                    self._live_machine("open its ports").forward(guest_port, host_port)
-            except BaseException:
-                self._give_up(keep=True)
-                raise
-            return self
-
     def stop(self, timeout: float = STOP_TIMEOUT_S) -> Self:
         """Switch the guest off: asked first, then, after ``timeout`` seconds, by force.
 

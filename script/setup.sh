@@ -36,7 +36,6 @@ require_host_tools() {
         x86_64) require qemu-system-x86_64 qemu-system-x86 ;;
         aarch64 | arm64) require qemu-system-aarch64 qemu-system-arm ;;
     esac
-    require qemu-img qemu-utils
     require mkfs.ext4 e2fsprogs
     require setpriv util-linux
     have python3 || missing="$missing python3"

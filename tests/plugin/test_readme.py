@@ -40,6 +40,6 @@ def test_its_program_runs_without_pytest() -> None:
 
 def test_its_host_packages_are_those_of_the_scripts() -> None:
     (line,) = re.findall(r"apt-get install --no-install-recommends (.*)", README)
-    setup = (ROOT / "script/setup.sh").read_text()
+    setup = (ROOT / "script/setup.sh").read_text()  # script/test needs more
     required = set(re.findall(r"require \S+ ([\w-]+)", setup)) - {"qemu-system-arm", "PACKAGE"}
     assert set(line.split()) == required
