@@ -161,12 +161,13 @@ def data_extents(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
 
 def _copy_range(source: int, target: int, start: int, end: int) -> None:
     while start < end:
-        try:
-            done = os.copy_file_range(source, target, end - start, start, start)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            done = 0
+        done = 0
+        if hasattr(os, "copy_file_range"):  # Linux
+            try:
+                done = os.copy_file_range(source, target, end - start, start, start)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
         if not done:
             done = os.pwrite(target, os.pread(source, min(_HASH_BLOCK, end - start), start), start)
         start += done

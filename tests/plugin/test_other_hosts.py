@@ -79,4 +79,4 @@ def test_workers_on_two_other_hosts_keep_their_vms_there(
         timeout=120,
         check=False,
     )
-    assert entered.stdout == "micro\n", entered.stderr
+    assert entered.stdout == f"{entry.vm_id}\n", entered.stderr
