@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from pytest_smolvm.admission import admitted
 from pytest_smolvm.config import VMConfig, generate_vm_id
+from pytest_smolvm.hostload import processors_are_busy
 from pytest_smolvm.process import Deadline
 from pytest_smolvm.startup import Preparation
 from pytest_smolvm.store import shared_store
@@ -17,6 +18,8 @@ from pytest_smolvm.vm import SmolVM
 logger = logging.getLogger(__name__)
 
 _END_TIMEOUT_S = 5.0
+_SPARE_TIMEOUT_S = 0.5
+_SPARE_LOOK_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class _Making:
     vm: SmolVM | None = None
     ready: bool = False
     dropped: bool = False
+    wanted: threading.Event = field(default_factory=threading.Event)
+    """Set when somebody waits for it."""
     done: threading.Event = field(default_factory=threading.Event)
     guard: threading.Lock = field(default_factory=threading.Lock)
 
@@ -78,6 +83,7 @@ class Pool:
         """
         for making in self._makings:
             if making.wish.key == key:
+                making.wanted.set()
                 # It ends with the VM's own boot timeout at the latest.
                 making.done.wait()
                 self._makings.remove(making)
@@ -108,6 +114,7 @@ class Pool:
             target=_end, args=(making,), name="smolvm-prefetch-end", daemon=True
         )
         self._ending = [*(each for each in self._ending if each.is_alive()), thread]
+        making.wanted.set()
         thread.start()
 
 
@@ -122,7 +129,19 @@ def _make_each(makings: Sequence[_Making]) -> None:
             making.done.set()
 
 
+def _wait_for_spare_processors(wanted: threading.Event) -> None:
+    """Wait while all processors are busy: making a VM then would only slow the tests down.
+
+    Not for long, lest there never is one; and not once somebody waits.
+    """
+    deadline = Deadline(_SPARE_TIMEOUT_S)
+    while not deadline.passed() and processors_are_busy():
+        if wanted.wait(_SPARE_LOOK_S):
+            return
+
+
 def _make(making: _Making) -> bool:
+    _wait_for_spare_processors(making.wanted)
     wish = making.wish
     config = wish.config.model_copy(update={"vm_id": generate_vm_id()})
     with admitted(shared_store(), config.vm_id, config.mem_size_mib) as fits:
