@@ -158,7 +158,10 @@ class Outside(ABC):
 
     @property
     def timings(self) -> dict[str, float]:
-        """Seconds of each phase of the last start: disk, launch, boot, ssh."""
+        """Seconds of each phase of the last start: disk, launch, boot or restore, ssh.
+
+        ``prepare`` and ``template`` are there if this VM did the one, or made the other.
+        """
         return dict(self._timings)
 
     def __repr__(self) -> str:

@@ -78,6 +78,7 @@ class Startup(Saving):
         self, backend: Backend, boot_timeout: float | None, preparation: Preparation | None
     ) -> None:
         self._backend = backend
+        self._preparing = False
         timeout_s = Deadline(
             booting.boot_timeout_s(boot_timeout, backend), "boot_timeout"
         ).timeout_s
@@ -125,7 +126,7 @@ class Startup(Saving):
             machine.kill()
 
     def is_prepared(self, preparation: Preparation) -> bool:
-        """Whether ``start()`` would find a template in which that was done, or do it itself."""
+        """Whether there is a template in which that was done, for ``start()`` to begin with."""
         self._backend = self._choose()
         levels = self._levels(preparation)
         return len(levels) > 1 and (shared_templates(self._store).root / levels[-1].key).is_dir()
@@ -150,6 +151,8 @@ class Startup(Saving):
     def _cold_boot(self, login: Login | None, timeout_s: float) -> None:
         assert self._backend is not None  # noqa: S101 - chosen
         deadline = Deadline(timeout_s, "boot_timeout")
+        if not self._files.disk.exists():
+            self._layers = []  # those of a template that could not be used
         layers = [self._files.path / name for name in self._layers]
         launched = booting.launch(
             self._config, self._backend, self._files, layers, self._store, deadline

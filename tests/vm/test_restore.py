@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_smolvm import SmolVM, VMConfig
+from pytest_smolvm import BackendError, SmolVM, VMConfig, waking
 from pytest_smolvm.startup import _failures
 from pytest_smolvm.templates import _checked
 from tests.conftest import changed
@@ -154,7 +154,7 @@ def test_processes_that_want_it_at_once_make_it_once(
     no_templates: Path, micro_config: VMConfig
 ) -> None:
     script = f"""
-from pytest_smolvm import SmolVM, VMConfig
+from pytest_smolvm import BackendError, SmolVM, VMConfig, waking
 config = VMConfig.model_validate_json({micro_config.model_dump_json(exclude={"vm_id"})!r})
 with SmolVM(config) as vm:
     assert vm.run("true").ok
@@ -217,6 +217,32 @@ def test_a_state_that_qemu_cannot_load_is_no_trouble_of_the_vm(
         assert not vm.restored
         assert "QEMU could not load a saved state" in vm.troubles[0]
         assert vm.run("true").ok
+
+
+def test_a_guest_that_does_not_wake_is_no_trouble_of_the_vm(
+    template: Path, micro_config: VMConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = waking.wake
+    calls: list[object] = []
+
+    def fails_once(*arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise BackendError("the guest's agent does not answer")
+        real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(waking, "wake", fails_once)
+    with another(micro_config) as vm:
+        assert not vm.restored
+        assert "the guest's agent does not answer" in vm.troubles[0]
+        vm.run("echo file > /root/file; sync", check=True)
+        # Its disk lies over the image itself, and not over what the template had between.
+        vm.stop().start()
+        assert vm.read_text("/root/file") == "file\n"
+        assert vm._machine is not None
+        assert not any("layer-" in word for word in vm._machine.command_line)
+    with another(micro_config) as vm:
+        assert vm.restored
 
 
 def test_a_template_that_cannot_be_made_leaves_a_vm_that_works(
