@@ -39,6 +39,7 @@ class _Making:
     """One VM that is being made ready, or is ready."""
 
     wish: Wish
+    vm_id: str = field(default_factory=generate_vm_id)
     vm: SmolVM | None = None
     ready: bool = False
     dropped: bool = False
@@ -76,21 +77,31 @@ class Pool:
             target=_make_each, args=(fresh,), name="smolvm-prefetch", daemon=True
         ).start()
 
-    def take(self, key: str) -> SmolVM | None:
-        """The VM that was made ready for such a wish, waited for if need be; None: there is none.
+    def id_for(self, key: str) -> str | None:
+        """The id of the VM that serves, or will serve, such a wish; None: there is none."""
+        return next((making.vm_id for making in self._makings if making.wish.key == key), None)
+
+    def has(self, vm_id: str) -> bool:
+        """Whether the VM of that id is one of these."""
+        return any(making.vm_id == vm_id for making in self._makings)
+
+    def take(self, vm_id: str, key: str) -> SmolVM | None:
+        """The VM of that id, waited for if need be; None: it serves no such wish, or came to
+        nothing, and is dropped.
 
         It belongs to the caller then.
         """
-        for making in self._makings:
-            if making.wish.key == key:
-                making.wanted.set()
-                # It ends with the VM's own boot timeout at the latest.
-                making.done.wait()
+        making = next((making for making in self._makings if making.vm_id == vm_id), None)
+        if making is None:
+            return None
+        if making.wish.key == key:
+            making.wanted.set()
+            # It ends with the VM's own boot timeout at the latest.
+            making.done.wait()
+            if making.ready and making.vm is not None and making.vm.is_running:
                 self._makings.remove(making)
-                if making.ready and making.vm is not None and making.vm.is_running:
-                    return making.vm
-                self._drop(making)
-                return None
+                return making.vm
+        self._drop(making)
         return None
 
     @property
@@ -143,7 +154,7 @@ def _wait_for_spare_processors(wanted: threading.Event) -> None:
 def _make(making: _Making) -> bool:
     _wait_for_spare_processors(making.wanted)
     wish = making.wish
-    config = wish.config.model_copy(update={"vm_id": generate_vm_id()})
+    config = wish.config.model_copy(update={"vm_id": making.vm_id})
     with admitted(shared_store(), config.vm_id, config.mem_size_mib) as fits:
         if not fits:
             logger.debug("no VM is made ready ahead: the host's memory is short")

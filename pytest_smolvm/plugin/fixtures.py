@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_smolvm.plugin.progress import show_progress
-from pytest_smolvm.plugin.session import fleet_of
+from pytest_smolvm.plugin.session import existing_fleet, fleet_of
 from pytest_smolvm.plugin.settings import settings_of
+from pytest_smolvm.plugin.summary import wants_vm_of_its_own
 from pytest_smolvm.plugin.wanted import (
     Wanted,
     WrongMarkerError,
@@ -98,6 +99,21 @@ def config_of(wanted: Wanted, images: ImageBuilder) -> VMConfig:
     return VMConfig(**fields)
 
 
+def _with_id_of_ready(
+    config: VMConfig, item: pytest.Item | pytest.Session, wanted: Wanted
+) -> VMConfig:
+    """``config``, with the id of the VM that was made ready for the test, if there is one."""
+    fleet = existing_fleet(item.config)
+    if fleet is None or not isinstance(item, pytest.Item) or not wants_vm_of_its_own(item):
+        return config
+    vm_id = fleet.id_of_ready(item, wanted)
+    if vm_id is None:
+        return config
+    named = config.model_copy(update={"vm_id": vm_id})
+    named.model_fields_set.discard("vm_id")  # nobody asked for this one
+    return named
+
+
 def _configure(
     item: pytest.Item | pytest.Session,
     wanted: Wanted,
@@ -111,7 +127,7 @@ def _configure(
     from pytest_smolvm.errors import SmolVMError
 
     try:
-        made = config_of(wanted, images)
+        made = _with_id_of_ready(config_of(wanted, images), item, wanted)
     except ValidationError as error:
         problem = f"the VM of this test is not valid:\n{error}"
     else:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from pytest_smolvm.admission import admitted
-from pytest_smolvm.config import VMConfig
+from pytest_smolvm.config import VMConfig, generate_vm_id
 from pytest_smolvm.plugin import outcomes, retention
 from pytest_smolvm.plugin.events import Event
 from pytest_smolvm.plugin.foresight import Foresight, pool_key
@@ -234,9 +234,13 @@ class Fleet:
     def _boot(
         self, node: Node, config: VMConfig, wanted: Wanted, user: outcomes.User, key: str
     ) -> Lease:
+        of_another = self._pool is not None and self._pool.has(config.vm_id)
         vm = self._take_ready(config, wanted, user)
         ready = vm is not None
         if vm is None:
+            if of_another and "vm_id" not in config.model_fields_set:
+                # The id came with a VM that is not what is wanted after all.
+                config = config.model_copy(update={"vm_id": generate_vm_id()})
             vm = SmolVM(config, accelerator=wanted.accel, restore=wanted.restore)
         lease = Lease(vm, node, key, [user], never_ready="it did not boot")
         self._leases.append(lease)
@@ -285,15 +289,22 @@ class Fleet:
         """A VM that was made ready for such a test, if there is one."""
         if isinstance(user.node, pytest.Item):
             self._foresight.learn(user.node, config, wanted)
-        if self._pool is None or "vm_id" in wanted.config_fields:
+        if self._pool is None:
             return None
         with told_when_slow(self._config, f"a VM is made ready for {name_of(user.node)}"):
-            vm = self._pool.take(pool_key(config, wanted))
+            vm = self._pool.take(config.vm_id, pool_key(config, wanted))
         if vm is None and not self._pool.is_empty:
             with admitted(shared_store(), config.vm_id, config.mem_size_mib) as fits:
                 if not fits:
                     self._pool.close()
         return vm
+
+    def id_of_ready(self, item: pytest.Item, wanted: Wanted) -> str | None:
+        """The id of the VM that was made ready for a test; None: there is none."""
+        config = self._foresight.foresee(item, wanted)
+        if self._pool is None or config is None:
+            return None
+        return self._pool.id_for(pool_key(config, wanted))
 
     def foresee(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
         """Have the VMs of the tests that come next made ready while ``item`` runs."""

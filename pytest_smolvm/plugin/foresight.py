@@ -54,8 +54,8 @@ class Foresight:
                 wanted = wanted_by(coming, self._settings)
             except WrongMarkerError:
                 continue  # that test's own error
-            config = self._foresee(coming, wanted)
-            if config is None or "vm_id" in wanted.config_fields:
+            config = self.foresee(coming, wanted)
+            if config is None:
                 continue
             preparation, problem = preparation_of(wanted)
             if not problem:
@@ -72,12 +72,17 @@ class Foresight:
                     ),
                 )
 
-    def _foresee(self, item: pytest.Item, wanted: Wanted) -> VMConfig | None:
+    def foresee(self, item: pytest.Item, wanted: Wanted) -> VMConfig | None:
+        """What the test will ask for, but for the id; None: there is no knowing.
+
+        A VM that is to have a certain id is nobody else's business.
+        """
         kind = _kind(item, wanted)
-        if kind in self._wrong:
+        known = self._known.get(kind)
+        if kind in self._wrong or "vm_id" in wanted.config_fields:
             return None
-        if kind in self._known:
-            return self._known[kind]
+        if known is not None:
+            return None if "vm_id" in known.model_fields_set else known
         changed = self._config.hook.pytest_smolvm_config.get_hookimpls()
         ours = all(_is_ours(definition) for definition in _definitions(item))
         if changed or not ours:

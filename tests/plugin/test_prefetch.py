@@ -49,6 +49,33 @@ def test_each_test_gets_the_one_made_ready_for_it(suite: Suite, boots: Count) ->
     assert boots() == 4
 
 
+def test_the_configuration_that_a_test_sees_is_that_of_the_vm_it_gets(
+    suite: Suite, boots: Count
+) -> None:
+    source = """
+        import pytest
+
+        @pytest.mark.parametrize("number", range(3))
+        def test_one(smolvm_config, smolvm, ahead, number):
+            assert smolvm.config == smolvm_config
+            ahead()
+
+        class TestOther:
+            @pytest.fixture
+            def smolvm_config(self, smolvm_config, request):
+                memory = 200 + request.node.callspec.params["number"]
+                return smolvm_config.model_copy(update={"mem_size_mib": memory})
+
+            @pytest.mark.parametrize("number", range(3))
+            def test_two(self, smolvm_config, smolvm, ahead, number):
+                assert smolvm.config.mem_size_mib == smolvm_config.mem_size_mib
+                ahead()
+    """
+    suite(source, ini=ON).assert_outcomes(passed=6)
+    # What was foreseen for the second of the class was wrong, and is foreseen no more.
+    assert boots() == 7
+
+
 def test_several_can_be_ready_at_once(suite: Suite, boots: Count) -> None:
     source = """
         import pytest

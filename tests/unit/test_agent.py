@@ -16,7 +16,7 @@ FOLDER = Path(agent.__file__).parent
 def test_the_binary_was_built_from_this_source() -> None:
     built_from = (FOLDER / "source.sha256").read_text().strip()
     source = hashlib.sha256((FOLDER / "agent.c").read_bytes()).hexdigest()
-    assert source == built_from, "agent.c was changed: run script/build-agent"
+    assert source == built_from, "agent.c was changed: run script/agent"
 
 
 def test_the_binary_needs_nothing_of_the_guest() -> None:

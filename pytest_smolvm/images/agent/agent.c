@@ -17,7 +17,7 @@
  * What cannot be done is told as 'E' u8 step u8 errno, and the agent ends.
  *
  * Static, without a C library: it runs in guests of any distribution. Built by
- * script/build-agent; the binary lies beside this file.
+ * script/agent; the binary lies beside this file.
  */
 
 typedef unsigned char u8;
