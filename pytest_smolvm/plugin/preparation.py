@@ -16,6 +16,7 @@ from pytest_smolvm.startup import Preparation
 from pytest_smolvm.vm import SmolVM
 
 _COMMAND_TIMEOUT_S = 600.0
+_CONSTANTS = (bool, int, float, str, bytes, Path, list, tuple, dict, set, frozenset)
 
 
 class _NoNameError(Exception):
@@ -108,7 +109,7 @@ def _describe_globals(function: types.FunctionType, seen: frozenset[int]) -> lis
         own_function = (
             isinstance(value, types.FunctionType) and value.__module__ == function.__module__
         )
-        if own_function or isinstance(value, (bool, int, float, str, bytes, Path, list, tuple)):
+        if own_function or isinstance(value, _CONSTANTS):
             try:
                 found.append([name, _describe(value, seen)])
             except _NoNameError:

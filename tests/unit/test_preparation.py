@@ -58,6 +58,22 @@ def test_a_constant_of_the_module_is_part_of_the_name(monkeypatch: pytest.Monkey
     assert key(install) != before
 
 
+@pytest.mark.parametrize(
+    ("constant", "changed"),
+    [({"a": 1}, {"a": 2}), (["nginx"], ["nginx", "curl"]), ({"x"}, {"y"}), (b"1", b"2")],
+)
+def test_so_are_constants_that_hold_others(
+    monkeypatch: pytest.MonkeyPatch, constant: object, changed: object
+) -> None:
+    module = sys.modules[__name__]
+    monkeypatch.setattr(module, "GREETING", constant)
+    before = key(install)
+    monkeypatch.setattr(module, "GREETING", changed)
+    assert key(install) != before
+    monkeypatch.setattr(module, "GREETING", constant)
+    assert key(install) == before
+
+
 def test_a_function_of_the_module_is_part_of_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def other(vm: Any) -> None:
         vm.run("false")
