@@ -72,6 +72,8 @@ class Fleet:
         self, item: pytest.Item, config: VMConfig, wanted: Wanted, *, shared: bool = True
     ) -> SmolVM:
         """A VM for the test: a new one, or the one that its scope has already."""
+        if shared:
+            self._foresight.learn(item, config, wanted)
         node = scope_node(item, wanted.scope) if shared else item
         user = outcomes.User(item, wanted.retain)
         if node is item:
@@ -258,6 +260,9 @@ class Fleet:
             lease.worth_keeping = launched and not isinstance(error, KeyboardInterrupt)
             lease.error = error
             raise
+        finally:
+            for text in vm.troubles:
+                self._note_template(text)
         _set_properties(user.node, vm)
         lease.never_ready = ""
         return lease
@@ -276,19 +281,11 @@ class Fleet:
                 lease.never_ready = "it did not boot"
 
             preparation = replace(preparation, run=noted)
-        try:
-            with told_when_slow(self._config, f"{vm.vm_id} is booting for {name_of(user.node)}"):
-                vm.start(
-                    boot_timeout=wanted.boot_timeout, keep_failed=True, preparation=preparation
-                )
-        finally:
-            for text in vm.troubles:
-                self._note_template(text)
+        with told_when_slow(self._config, f"{vm.vm_id} is booting for {name_of(user.node)}"):
+            vm.start(boot_timeout=wanted.boot_timeout, keep_failed=True, preparation=preparation)
 
     def _take_ready(self, config: VMConfig, wanted: Wanted, user: outcomes.User) -> SmolVM | None:
         """A VM that was made ready for such a test, if there is one."""
-        if isinstance(user.node, pytest.Item):
-            self._foresight.learn(user.node, config, wanted)
         if self._pool is None:
             return None
         with told_when_slow(self._config, f"a VM is made ready for {name_of(user.node)}"):

@@ -175,6 +175,25 @@ def test_what_is_another_each_time_is_soon_not_made_any_more(suite: Suite, boots
     assert boots() == 6
 
 
+def test_more_vms_of_a_test_change_nothing(suite: Suite, boots: Count) -> None:
+    source = """
+        import pytest
+
+        @pytest.mark.parametrize("number", range(3))
+        def test_one(smolvm, smolvm_factory, ahead, number):
+            assert smolvm_factory().vm_id != smolvm.vm_id
+
+        def test_two(smolvm, ahead): pass
+
+        @pytest.mark.parametrize("number", range(2))
+        def test_three(smolvm, smolvm_factory, ahead, number):
+            smolvm_factory()
+            assert len(ahead()) == (number == 0)
+    """
+    suite(source, ini=ON).assert_outcomes(passed=6)
+    assert boots() == 6 + 5
+
+
 def test_a_vm_with_a_name_is_not_made_ahead(suite: Suite, boots: Count) -> None:
     source = """
         import pytest
