@@ -295,7 +295,6 @@ class Startup(Saving):
         self._timings["restore"] = woken - launched.at
         self._log_in_on_port(deadline)
         self._timings["ssh"] = time.monotonic() - woken
-        launched.machine.booted()
 
     def _make_template(self, key: str, *, may_make: bool, first: bool) -> None:
         """Keep what the guest is now as a template, if that can be; the VM lives on."""

@@ -97,7 +97,8 @@ class Machine(Protocol):
     def booted(self) -> None:
         """The guest answers: from now on its reboots are its own business.
 
-        Until then a guest that resets (a panic, mostly) ends the machine.
+        Until then a guest that resets (a panic, mostly) ends the machine; one that starts from
+        a saved state has booted.
         """
         ...
 

@@ -185,16 +185,26 @@ class QemuMachine:
 
     def load(self, state_fd: int, deadline: Deadline) -> None:
         """Take over the saved state from the file that QEMU inherited as ``state_fd``."""
-        self._set_capabilities(ignore_shared=not self._has_shared_memory)
-        self._migrate("migrate-incoming", f"fd:{state_fd}", "load a saved state", deadline)
+        self._migrate(
+            "migrate-incoming",
+            f"fd:{state_fd}",
+            "load a saved state",
+            deadline,
+            ignore_shared=not self._has_shared_memory,
+        )
 
     def save(self, state: Path, deadline: Deadline) -> None:
-        self._set_capabilities(ignore_shared=self._has_shared_memory)
         self._monitor.execute("migrate-set-parameters", {"max-bandwidth": _MAX_BANDWIDTH})
         descriptor = os.open(state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             self._monitor.send_descriptor(descriptor, "state")
-            self._migrate("migrate", "fd:state", "save the machine's state", deadline)
+            self._migrate(
+                "migrate",
+                "fd:state",
+                "save the machine's state",
+                deadline,
+                ignore_shared=self._has_shared_memory,
+            )
         finally:
             os.close(descriptor)
         # Told to be complete, it is not quite: until then the machine refuses to go on.
@@ -203,20 +213,18 @@ class QemuMachine:
                 raise OperationTimeoutError("saving the machine's state", deadline.timeout_s)
             time.sleep(_FINISHED_LOOK_S)
 
-    def _migrate(self, command: str, uri: str, what: str, deadline: Deadline) -> None:
-        ended = self._monitor.migrate(command, uri, lambda: self.poll() is None, deadline)
+    def _migrate(
+        self, command: str, uri: str, what: str, deadline: Deadline, *, ignore_shared: bool
+    ) -> None:
+        capabilities = {"events": True, "x-ignore-shared": ignore_shared}
+        ended = self._monitor.migrate(
+            command, uri, capabilities, lambda: self.poll() is None, deadline
+        )
         if ended != "completed":
             # One that cannot load a state ends; one that cannot save it runs on, and tells.
             end = self.wait(_FAILED_LOAD_S)
             said = end.output if end else self._monitor.execute("query-migrate").get("error-desc")
             raise BackendError(f"QEMU could not {what}: {said or ended}")
-
-    def _set_capabilities(self, *, ignore_shared: bool) -> None:
-        wanted = {"events": True, "x-ignore-shared": ignore_shared}
-        self._monitor.execute(
-            "migrate-set-capabilities",
-            {"capabilities": [{"capability": c, "state": s} for c, s in wanted.items()]},
-        )
 
     @property
     def port(self) -> socket.socket:

@@ -116,8 +116,9 @@ def qemu_argv(
         *("-chardev", f"socket,id=port,fd={port_fd}"),
         *("-device", "virtio-serial-pci,max_ports=2"),
         *("-device", f"virtserialport,chardev=port,name={PORT_NAME}"),
-        # Until the guest answers, a reset is a failed boot: see Machine.booted.
-        *("-action", "reboot=shutdown"),
+        # Until the guest answers, a reset is a failed boot: see Machine.booted. One that is
+        # restored has answered before.
+        *(() if spec.state else ("-action", "reboot=shutdown")),
         *(("-incoming", "defer") if spec.state else ()),
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from qemu.qmp import (
@@ -75,16 +75,12 @@ class Monitor:
 
         QEMU's refusal is a ``BackendError``; so is a monitor that is gone.
         """
-        try:
+        with _explained(command):
             return await_result(
                 self._client.execute(command, dict(arguments or {})),
                 operation=f"QEMU's monitor command {command}",
                 timeout_s=timeout_s,
             )
-        except ExecuteError as error:
-            raise BackendError(f"QEMU refused {command}: {error}") from error
-        except (ExecInterruptedError, QMPError, OSError) as error:
-            raise BackendError(f"QEMU's monitor is gone, at {command}: {error}") from error
 
     def human(self, command_line: str) -> str:
         """Run a command of the human monitor, for the few things that QMP lacks."""
@@ -104,16 +100,30 @@ class Monitor:
             return False
         return True
 
-    def migrate(self, command: str, uri: str, alive: Callable[[], bool], deadline: Deadline) -> str:
+    def migrate(
+        self,
+        command: str,
+        uri: str,
+        capabilities: Mapping[str, bool],
+        alive: Callable[[], bool],
+        deadline: Deadline,
+    ) -> str:
         """Start a migration, in or out, and wait for its end; returns how it ended.
 
         That is ``completed``, or something else if it failed; ``alive`` says whether QEMU is
         there still. Raises ``OperationTimeoutError`` past the deadline.
         """
         self._migration = ""
-        self.execute(command, {"uri": uri}, deadline.remaining_s())
+        wanted = [{"capability": name, "state": on} for name, on in capabilities.items()]
+        steps: list[tuple[str, dict[str, Any]]] = [
+            ("migrate-set-capabilities", {"capabilities": wanted}),
+            (command, {"uri": uri}),
+        ]
 
-        async def wait() -> None:
+        async def go_on() -> None:
+            # All in one: each visit to the loop's thread costs as much as QEMU's answer.
+            while steps:
+                await self._client.execute(*steps.pop(0))
             assert self._changed is not None  # noqa: S101 - connected
             async with self._changed:
                 await self._changed.wait_for(lambda: self._migration in _MIGRATION_ENDS)
@@ -121,7 +131,8 @@ class Monitor:
         while True:
             pause_s = min(_LOOK_S, deadline.remaining_s())
             try:
-                await_result(wait(), operation=f"QEMU's {command}", timeout_s=pause_s)
+                with _explained(command):
+                    await_result(go_on(), operation=f"QEMU's {command}", timeout_s=pause_s)
             except OperationTimeoutError:
                 # Nothing tells of a QEMU that is gone.
                 if not alive():
@@ -155,3 +166,14 @@ class Monitor:
                 await asyncio.gather(self._watcher, return_exceptions=True)
 
         await_result(close(), operation="closing QEMU's monitor", timeout_s=COMMAND_TIMEOUT_S)
+
+
+@contextlib.contextmanager
+def _explained(command: str) -> Iterator[None]:
+    """What the monitor's client raises becomes a ``BackendError``."""
+    try:
+        yield
+    except ExecuteError as error:
+        raise BackendError(f"QEMU refused {command}: {error}") from error
+    except (ExecInterruptedError, QMPError, OSError) as error:
+        raise BackendError(f"QEMU's monitor is gone, at {command}: {error}") from error
