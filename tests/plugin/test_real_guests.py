@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,9 @@ def test_real_vms_are_booted_one_per_test_and_shown_when_it_fails(
         ],
         consecutive=False,
     )
+    counts = re.search(r"VMs: (\d) booted, (\d) restored", result.stdout.str())
+    assert counts is not None
+    assert int(counts[1]) + int(counts[2]) == 3
     result.stdout.no_fnmatch_line("*guest.py*")  # where in our code it was raised helps nobody
     assert "\x1b[31m" not in result.stdout.str()
     assert list((state_dir / "vms").iterdir()) == []
