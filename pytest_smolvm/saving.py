@@ -110,9 +110,19 @@ class Saving(ABC):
 
     # -- within ---------------------------------------------------------------
 
-    def _agent(self) -> str:
-        """Where the guest's agent lies in the image; empty: it has none."""
-        return self._manifest().agent
+    def _why_not_saved(self) -> str:
+        """Why neither this VM nor one like it can be saved; empty: it can."""
+        assert self._backend is not None  # noqa: S101 - chosen
+        if not self._backend.can_restore:
+            return f"the backend {self._backend.name!r} cannot save machines"
+        if self._config.disk_mode != "isolated":
+            return "its disk is shared with other VMs (disk_mode='isolated' gives it its own)"
+        if not self._manifest().agent:
+            return (
+                f"the image {self._config.rootfs_path} lacks the agent that a restored guest "
+                "needs; images made by ImageBuilder have it"
+            )
+        return ""
 
     def _manifest(self) -> ImageManifest:
         return read_manifest(self._config.rootfs_path) or ImageManifest(host_key="")
@@ -148,7 +158,7 @@ class Saving(ABC):
             names = snapshots.save(
                 machine, spec, backend, layers, f"layer-{key}.qcow2", target, deadline
             )
-            return self._facts(key, manifest.agent, backend.describe(spec), names)
+            return self._facts(key, backend.describe(spec), names)
 
         try:
             waking.lay_down(
@@ -173,18 +183,7 @@ class Saving(ABC):
     def _take_snapshot(self) -> Template:
         """A template of the VM as it is, which goes with this process."""
         access.check_offers_ssh(self._config)
-        assert self._backend is not None  # noqa: S101 - it runs
-        problem = ""
-        if not self._backend.can_restore:
-            problem = f"the backend {self._backend.name!r} cannot save machines"
-        elif self._config.disk_mode != "isolated":
-            problem = "its disk is shared with other VMs (disk_mode='isolated' gives it its own)"
-        elif not self._agent():
-            problem = (
-                f"the image {self._config.rootfs_path} lacks the agent that a restored guest "
-                "needs; images made by ImageBuilder have it"
-            )
-        if problem:
+        if problem := self._why_not_saved():
             raise SmolVMError(
                 f"no snapshot can be taken of the VM {self._config.vm_id!r}: {problem}"
             )
@@ -203,15 +202,18 @@ class Saving(ABC):
         if not template.path.is_dir():
             raise SmolVMError(f"the template {template.key} is gone: it was deleted")
         made_by = backend.describe(booting.machine_spec(self._config, backend, self._files))
-        disk = [str(self._config.rootfs_path), *stat_image(self._config.rootfs_path)]
-        if (template.facts.made_by, template.facts.disk) != (made_by, disk):
+        if (template.facts.made_by, template.facts.disk) != (made_by, self._image()):
             raise SmolVMError(
                 f"the template {template.key} was made of a VM of another configuration, "
                 f"or over another image ({template.facts.vm_id}): {self._config.vm_id} cannot "
                 "start from it"
             )
 
-    def _facts(self, key: str, agent: str, made_by: list[str], layers: list[str]) -> TemplateFacts:
+    def _image(self) -> list[str | int]:
+        """The root image as it is now: path, size, time of the last change (ns)."""
+        return [str(self._config.rootfs_path), *stat_image(self._config.rootfs_path)]
+
+    def _facts(self, key: str, made_by: list[str], layers: list[str]) -> TemplateFacts:
         facts: dict[str, Any] = {
             "key": key,
             "vm_id": self._config.vm_id,
@@ -219,12 +221,8 @@ class Saving(ABC):
             "ssh_user": self._ssh_user,
             "ssh_key_path": str(self._ssh_key_path) if self._ssh_key_path else None,
             "accelerator": self._backend.accelerator if self._backend else "",
-            "agent": agent,
             "made_by": made_by,
             "layers": layers,
-            "disk": [
-                str(self._config.rootfs_path),
-                *stat_image(self._config.rootfs_path),
-            ],
+            "disk": self._image(),
         }
         return TemplateFacts.model_validate(facts)

@@ -209,12 +209,8 @@ class Startup(Saving):
         """What this VM has to get to; empty: it cannot be restored."""
         config, backend = self._config, self._backend
         assert backend is not None  # noqa: S101 - chosen
-        if (
-            not (self._restore and backend.can_restore and config.offers_ssh)
-            or config.disk_mode != "isolated"
-            or self._files.disk.exists()
-            or not self._agent()
-        ):
+        wanted = self._restore and config.offers_ssh and not self._files.disk.exists()
+        if not wanted or self._why_not_saved():
             return []
         spec = booting.machine_spec(config, backend, self._files)
         key = base_key(config, backend, spec, self._store)

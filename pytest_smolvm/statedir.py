@@ -88,6 +88,18 @@ def locked(
         lock.release()
 
 
+def try_lock(path: Path) -> FileLock | None:
+    """The lock file ``path``, held until it is released; None: another holds it."""
+    # thread_local: what it guards may be given up by another thread than took it.
+    # is_singleton: two owners within one process must exclude each other too.
+    lock = FileLock(path, mode=0o600, thread_local=False, is_singleton=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
+    return lock
+
+
 def allocated_bytes(directory: Path, *, linked: bool = True) -> int:
     """What the files in a directory take of the disk; holes take nothing.
 

@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from pytest_smolvm.errors import SmolVMError, VMAlreadyExistsError, VMNotFoundError
 from pytest_smolvm.identity import ProcessIdentity
@@ -43,6 +43,7 @@ from pytest_smolvm.statedir import (
     locked,
     make_private_dir,
     remove_tree,
+    try_lock,
     write_atomically,
 )
 
@@ -266,15 +267,7 @@ class Store:
 
     @staticmethod
     def _try_lock(path: Path) -> FileLock | None:
-        make_private_dir(path)
-        # thread_local: a VM may be deleted by another thread than its maker.
-        # is_singleton: two owners within one process must exclude each other too.
-        lock = FileLock(path / "lock", mode=0o600, thread_local=False, is_singleton=False)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            return None
-        return lock
+        return try_lock(make_private_dir(path) / "lock")
 
 
 def _in_use(path: Path, advice: str) -> VMAlreadyExistsError:

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pytest_smolvm.backends.base import Backend, MachineSpec
@@ -44,6 +44,7 @@ from pytest_smolvm.statedir import (
     make_private_dir,
     read_json,
     remove_tree,
+    try_lock,
     write_json,
 )
 from pytest_smolvm.store import Store
@@ -79,7 +80,6 @@ class TemplateFacts(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    format: int = FORMAT
     key: str
     vm_id: str
     """The VM that it was made of."""
@@ -87,7 +87,6 @@ class TemplateFacts(BaseModel):
     ssh_user: str
     ssh_key_path: str | None
     accelerator: str
-    agent: str
     made_by: list[str]
     """The backend's description of the machine."""
     layers: list[str]
@@ -188,8 +187,8 @@ class Templates:
         """Like ``make``, for a template that goes with this process."""
         with self._store.guarded():
             folder = make_private_dir(self.root / f"{_OWNED}{os.getpid()}-{secrets.token_hex(4)}")
-            lock = FileLock(folder / "lock", mode=0o600, thread_local=False, is_singleton=False)
-            lock.acquire()
+            lock = try_lock(folder / "lock")
+            assert lock is not None  # noqa: S101 - nobody else knows of it
             _owned[os.getpid(), folder] = lock
         return self._make(folder / "template", write)
 
@@ -372,10 +371,7 @@ def _measure(path: Path) -> FileFacts:
 
 
 def _is_free(lock_path: Path) -> bool:
-    lock = FileLock(lock_path, mode=0o600, thread_local=False, is_singleton=False)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        return False
-    lock.release()
-    return True
+    lock = try_lock(lock_path)
+    if lock is not None:
+        lock.release()
+    return lock is not None

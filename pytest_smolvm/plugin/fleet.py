@@ -309,10 +309,10 @@ class Fleet:
             return
         wishes: list[Wish] = []
         for coming, wanted, wish in self._foresight.wishes(item, nextitem):
-            if len(wishes) == self._settings.prefetch:
-                break
             if self._will_boot(coming, wanted, wishes):
                 wishes.append(wish)
+            if len(wishes) == self._settings.prefetch:
+                break  # before the next one is worked out
         self._pool.expect(wishes)
 
     def _will_boot(self, item: pytest.Item, wanted: Wanted, wishes: Sequence[Wish]) -> bool:

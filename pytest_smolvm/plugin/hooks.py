@@ -48,11 +48,7 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
 def pytest_runtest_call(item: pytest.Item) -> None:
     # Its set-up is done; from here on its time is the test's own.
     nextitem = item.stash.get(_nextitem_key, None)
-    if (
-        nextitem is not None
-        and settings_of(item.config).prefetch
-        and _vm_comes_soon(item, nextitem)
-    ):
+    if nextitem is not None and settings_of(item.config).prefetch and _vm_comes_soon(nextitem):
         fleet_of(item.config).foresee(item, nextitem)
 
 
@@ -123,11 +119,9 @@ def _leave(item: pytest.Item) -> list[Exception]:
     return [] if fleet is None else fleet.leave(item.stash.get(_nextitem_key, None))
 
 
-def _vm_comes_soon(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
+def _vm_comes_soon(nextitem: pytest.Item) -> bool:
     """Whether there is anything to foresee; without loading the library for nothing."""
-    if existing_fleet(item.config) is not None:
-        return True
-    return nextitem is not None and wants_vm_of_its_own(nextitem)
+    return existing_fleet(nextitem.config) is not None or wants_vm_of_its_own(nextitem)
 
 
 def _uses_session_vm(item: pytest.Item) -> bool:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,18 @@ def start(*arguments: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+
+
+def long_test(marker: Path) -> str:
+    """A test that has a VM, says by ``marker`` that it runs, and does not end."""
+    return f"""
+import time
+from pathlib import Path
+
+def test_long(smolvm):
+    Path("{marker}").touch()
+    time.sleep(600)
+"""
 
 
 def wait_for(happened: Sign, process: subprocess.Popen[str]) -> None:

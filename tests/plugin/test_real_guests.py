@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import qemu_pids
-from tests.plugin.runs import interrupt, start
+from tests.plugin.runs import interrupt, long_test, start
 
 
 def test_real_vms_are_booted_one_per_test_and_shown_when_it_fails(
@@ -93,16 +93,7 @@ def test_ctrl_c_leaves_nothing(
 ) -> None:
     others = qemu_pids()
     marker = pytester.path / "in-the-test"
-    pytester.makepyfile(
-        f"""
-        import time
-        from pathlib import Path
-
-        def test_long(smolvm):
-            Path("{marker}").touch()
-            time.sleep(600)
-        """
-    )
+    pytester.makepyfile(long_test(marker))
     sign = marker.exists if when == "in the test" else lambda: qemu_pids() - others
     output = interrupt(start("--smolvm-retain=none"), sign)
     assert "KeyboardInterrupt" in output

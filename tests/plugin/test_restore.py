@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import qemu_pids
-from tests.plugin.runs import interrupt, start
+from tests.plugin.runs import interrupt, long_test, start
 
 ONE = "def test_one(smolvm): assert smolvm.run('true').ok\n"
 
@@ -255,18 +255,7 @@ def test_ctrl_c_while_one_is_made_ready_leaves_nothing(
     pytester: pytest.Pytester, no_vms: Path
 ) -> None:
     marker = pytester.path / "in-the-test"
-    pytester.makepyfile(
-        f"""
-        import time
-        from pathlib import Path
-
-        def test_long(smolvm):
-            Path("{marker}").touch()
-            time.sleep(600)
-
-        def test_next(smolvm): pass
-        """
-    )
+    pytester.makepyfile(long_test(marker) + "\ndef test_next(smolvm): pass\n")
     output = interrupt(start("--smolvm-retain=none", "--smolvm-prefetch=1"), marker.exists)
     assert "KeyboardInterrupt" in output
     assert list((no_vms / "vms").iterdir()) == []

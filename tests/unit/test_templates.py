@@ -31,7 +31,6 @@ def facts(key: str) -> TemplateFacts:
         ssh_user="root",
         ssh_key_path=None,
         accelerator="tcg",
-        agent="/agent",
         made_by=["qemu"],
         layers=["layer.qcow2"],
         disk=["/image", 1, 2],
