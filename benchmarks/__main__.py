@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import restoring
+from benchmarks import images, restoring
 from benchmarks.bare import BareGuest
 from benchmarks.table import alternate, head, row
 from pytest_smolvm import SSH_BOOT_ARGS, ImageBuilder, SmolVM, VMConfig
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--restores", type=int, default=40, metavar="N", help="rounds of restores")
     parser.add_argument("--tests", type=int, default=100, metavar="N", help="tests, two workers")
     parser.add_argument("--vms", type=int, default=500, metavar="N", help="VMs in one process")
+    parser.add_argument("--images", type=int, default=10, metavar="N", help="images built")
     wanted = parser.parse_args()
     kernel, rootfs = ImageBuilder().build_micro_ssh_key()
     config = VMConfig(
@@ -112,6 +113,7 @@ def main() -> None:
         lambda: restoring.throughput(config, template, wanted.tests),
         lambda: restoring.memory_and_disk(config),
         lambda: restoring.growth(config, wanted.vms),
+        lambda: images.building(wanted.images),
     ]
     for measure in figures:
         print("\n".join(measure()), flush=True)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         VMAlreadyExistsError,
         VMNotFoundError,
     )
-    from pytest_smolvm.images.builder import ImageBuilder
+    from pytest_smolvm.image_builder import ImageBuilder
     from pytest_smolvm.records import VMState
     from pytest_smolvm.templates import Template
     from pytest_smolvm.vm import SmolVM
@@ -41,7 +41,7 @@ _HOME = {
     "SmolVMError": "errors",
     "VMAlreadyExistsError": "errors",
     "VMNotFoundError": "errors",
-    "ImageBuilder": "images.builder",
+    "ImageBuilder": "image_builder",
     "SmolVM": "vm",
     "Template": "templates",
     "VMState": "records",

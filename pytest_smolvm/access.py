@@ -9,7 +9,7 @@ from pytest_smolvm import ssh
 from pytest_smolvm.config import VMConfig
 from pytest_smolvm.errors import CommandExecutionUnavailableError
 from pytest_smolvm.images.manifest import HOST_KEY_IN_IMAGE, manifest_path, read_manifest
-from pytest_smolvm.keys import library_key_pair
+from pytest_smolvm.keys import key_pair_for
 from pytest_smolvm.statedir import write_atomically
 from pytest_smolvm.store import Store
 
@@ -28,8 +28,8 @@ def check_offers_ssh(config: VMConfig) -> None:
 def prepare_login(config: VMConfig, user: str, key_path: Path | None, store: Store) -> ssh.Login:
     """Who logs in with which keys, and the host key that the image is known to have.
 
-    Without ``key_path``: the library's own key, or where the image does not
-    accept that one, those of the user's agent and ``~/.ssh``. An image with
+    Without ``key_path``: the library's own key, or the one that came with an imported image; where
+    the image accepts neither, those of the user's agent and ``~/.ssh``. An image with
     no known host key is refused: any SSH server could pass for it.
     """
     manifest = read_manifest(config.rootfs_path)
@@ -43,7 +43,7 @@ def prepare_login(config: VMConfig, user: str, key_path: Path | None, store: Sto
         )
     if key_path is not None:
         return ssh.Login(user, manifest.host_key, (ssh.load_private_key(key_path),))
-    own = ssh.load_private_key(library_key_pair(store).private_path)
+    own = ssh.load_private_key(key_pair_for(store, manifest.authorized_keys).private_path)
     keys = ssh.accepted_keys([own], manifest.authorized_keys)
     if not keys:
         candidates = (own, *ssh.user_keys())

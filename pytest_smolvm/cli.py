@@ -22,17 +22,18 @@ from typing import Any
 import click
 from pydantic import ValidationError
 
+from pytest_smolvm.cli_image import image
 from pytest_smolvm.diagnosis import read_console
 from pytest_smolvm.errors import SmolVMError
+from pytest_smolvm.images.cache import ImageCache
 from pytest_smolvm.inventory import Entry, inventory
 from pytest_smolvm.records import VMState
 from pytest_smolvm.statedir import STATE_DIR_VARIABLE
 from pytest_smolvm.store import Store
+from pytest_smolvm.tables import duration, print_table
 from pytest_smolvm.templates import Templates
 from pytest_smolvm.terminal import harmless
 from pytest_smolvm.vm import JoinedVM, SmolVM
-
-_UNITS = ((86400, "d"), (3600, "h"), (60, "m"))
 
 
 class _Group(click.Group):
@@ -60,6 +61,9 @@ def main(state_dir: Path | None) -> None:
         os.environ[STATE_DIR_VARIABLE] = str(state_dir.absolute())
 
 
+main.add_command(image)
+
+
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 def ps(as_json: bool) -> None:
@@ -76,17 +80,14 @@ def ps(as_json: bool) -> None:
         (
             entry.vm_id,
             _state(entry),
-            _duration(entry.age_s),
+            duration(entry.age_s),
             f"{entry.size_bytes / (1 << 20):.1f} MiB",
             str(entry.record.owner_pid) if entry.live else "-",
             harmless(entry.record.usage.test) or "-",
         )
         for entry in entries
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        click.echo("  ".join([*cells, row[5]]))
+    print_table(rows)
 
 
 # What stands after the VM is the guest's command, options and all.
@@ -153,7 +154,7 @@ def gc(kept: bool, as_json: bool) -> None:
     keep (retain_disk_on_delete) stay in any case.
     """
     store = Store()
-    removed = store.sweep() + Templates(store).sweep()
+    removed = store.sweep() + Templates(store).sweep() + ImageCache(store.images).sweep()
     if kept:
         for entry in inventory(store):
             if entry.record.retained and not entry.record.keep_disk and not entry.live:
@@ -211,10 +212,3 @@ def _state(entry: Entry) -> str:
     if entry.live:
         return str(entry.record.status)
     return "kept" if entry.record.is_kept else "left behind"
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in _UNITS:
-        if seconds >= size:
-            return f"{seconds / size:.0f}{unit}"
-    return f"{seconds:.0f}s"

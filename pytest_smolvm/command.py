@@ -33,6 +33,7 @@ class RunOptions(TypedDict, total=False):
     input: str | bytes | None
     cwd: str | None
     env: Mapping[str, str] | None
+    on_output: Callable[[bytes], object] | None
     kill_timeout_s: float
 
 
@@ -144,10 +145,12 @@ def run(
     input: str | bytes | None = None,
     cwd: str | None = None,
     env: Mapping[str, str] | None = None,
+    on_output: Callable[[bytes], object] | None = None,
     kill_timeout_s: float = _KILL_TIMEOUT_S,
 ) -> CommandResult:
     """Run one command to its end, or kill it in the guest when its time is up.
 
+    ``on_output`` is given what it prints, on either stream, as it comes.
     ``kill_timeout_s``: seconds that the killing may take.
     """
     line = shell_line(command)
@@ -163,8 +166,8 @@ def run(
             wrapped,
             deadline=deadline,
             stdin=stdin,
-            on_stdout=stdout.extend,
-            on_stderr=stderr.extend,
+            on_stdout=_tee(stdout, on_output),
+            on_stderr=_tee(stderr, on_output),
         )
     except OperationTimeoutError:
         killed = kill_marked(transport, token, kill_timeout_s)
@@ -189,6 +192,17 @@ def run(
         duration_s=time.monotonic() - started,
         command=line,
     )
+
+
+def _tee(kept: bytearray, on_output: Callable[[bytes], object] | None) -> Callable[[bytes], object]:
+    if on_output is None:
+        return kept.extend
+
+    def take(data: bytes) -> None:
+        kept.extend(data)
+        on_output(data)
+
+    return take
 
 
 def kill_marked(

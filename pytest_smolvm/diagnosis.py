@@ -81,6 +81,17 @@ def died(vm_id: str, during: str, end: MachineEnd, console: Path) -> BackendErro
     )
 
 
+def stalled(vm_id: str, why: str, directory: Path) -> BackendError:
+    """The error for a machine that stands still since the host cannot do what it asks for."""
+    return BackendError(
+        f"the VM {vm_id!r} stands still: the host could not do what its disk was asked to ({why}). "
+        f"Is there room left on the disk with {directory}? Once there is, resume() lets the VM go "
+        "on as if nothing had happened",
+        {"vm_id": vm_id, "reason": why, "directory": str(directory)},
+        console_tail=console_tail(directory / "console.log"),
+    )
+
+
 def never_answered(
     vm_id: str, error: OperationTimeoutError, command_line: list[str], console: Path
 ) -> OperationTimeoutError:

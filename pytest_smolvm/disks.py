@@ -13,6 +13,9 @@ the very bytes it was made for, so their SHA-256 is kept with it.
 
 *layer*: the disk of a guest as it was when a template was made of it. Never
 written to; it lies in every directory whose disk is over it, as a hard link.
+
+An image may be one of layers, too: a qcow2 file with a list beside it of what it lies over, in
+the same directory. Such a list is only written by this library.
 """
 
 from __future__ import annotations
@@ -20,10 +23,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pytest_smolvm import qcow2
 from pytest_smolvm.errors import ImageError
@@ -31,6 +34,7 @@ from pytest_smolvm.statedir import make_private_dir, read_json, write_json
 
 ImageFormat = Literal["raw", "qcow2"]
 _HASH_BLOCK = 1 << 20
+DIGESTS = "digests.json"
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,38 @@ def image_format(path: Path) -> ImageFormat:
 
     An empty file, an unreadable one, and a qcow2 that refers to other files
     (its guest could read the host's files through them) are an ``ImageError``.
+    One whose layers are known is not taken to refer to anything: see ``chain_of``.
     """
     return _look_at(path)[0]
+
+
+def disk_size(path: Path) -> int:
+    """How large a disk image is for its guest, in bytes."""
+    return _look_at(path)[1]
+
+
+def chain_of(rootfs: Path) -> tuple[Image, ...]:
+    """A root image, and what it lies over, the nearest first."""
+    listed = read_json(_list_of_layers(rootfs))
+    names = listed if isinstance(listed, list) else []
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise ImageError(
+            f"{_list_of_layers(rootfs)} is not a list of names in its directory: build the image "
+            "anew",
+            {"path": str(rootfs)},
+        )
+    below = [rootfs.with_name(name) for name in names]
+    over = [Image(path, "raw" if path.suffix == ".ext4" else "qcow2") for path in below]
+    return (Image(rootfs, image_format(rootfs)), *over)
+
+
+def write_list_of_layers(rootfs: Path, below: Sequence[str]) -> None:
+    """Say that the image ``rootfs`` lies over those files of its directory, the nearest first."""
+    write_json(_list_of_layers(rootfs), list(below))
+
+
+def _list_of_layers(rootfs: Path) -> Path:
+    return rootfs.with_name(f"{rootfs.name}.layers.json")
 
 
 def _look_at(path: Path) -> tuple[ImageFormat, int]:
@@ -79,7 +113,7 @@ def _look_at(path: Path) -> tuple[ImageFormat, int]:
     header = qcow2.read_header(head)
     if header is None:
         raise ImageError(f"the qcow2 image {path} ends within its header", {"path": str(path)})
-    if header.refers_to_others:
+    if header.refers_to_others and not _list_of_layers(path).exists():
         raise ImageError(
             f"the qcow2 image {path} refers to another file, which is refused: a guest could read "
             f"the host's files that way; flatten it: qemu-img convert -O qcow2 {path} flat.qcow2",
@@ -90,7 +124,8 @@ def _look_at(path: Path) -> tuple[ImageFormat, int]:
 
 def shared_disk(rootfs: Path) -> Disk:
     """The image itself, for any number of VMs at once; none of them can write to it."""
-    return Disk(Image(rootfs, image_format(rootfs)), read_only=True)
+    image, *below = chain_of(rootfs)
+    return Disk(image, tuple(below), read_only=True)
 
 
 def create_overlay(rootfs: Path, overlay: Path, layers: Sequence[Path] = ()) -> Disk:
@@ -118,12 +153,15 @@ def create_overlay(rootfs: Path, overlay: Path, layers: Sequence[Path] = ()) -> 
 def reopen_overlay(rootfs: Path, overlay: Path, layers: Sequence[Path] = ()) -> Disk:
     """An isolated disk that was kept, over the image and the layers it was made for."""
     between = tuple(Image(path, "qcow2") for path in layers)
-    return Disk(Image(overlay, "qcow2"), (*between, Image(rootfs, image_format(rootfs))))
+    return Disk(Image(overlay, "qcow2"), (*between, *chain_of(rootfs)))
 
 
-def link_layer(layer: Path, directory: Path) -> Path:
-    """Have ``layer`` in ``directory`` too, where it stays whatever becomes of the first."""
-    target = directory / layer.name
+def link_layer(layer: Path, directory: Path, name: str | None = None) -> Path:
+    """Have ``layer`` in ``directory`` too, where it stays whatever becomes of the first.
+
+    ``name``: what it is called there; None: the same.
+    """
+    target = directory / (name or layer.name)
     try:
         target.hardlink_to(layer)
     except FileExistsError:
@@ -176,11 +214,18 @@ def _copy_range(source: int, target: int, start: int, end: int) -> None:
 def fingerprint(path: Path, cache: Path) -> str:
     """SHA-256 of a file's contents.
 
-    Remembered in ``cache`` for as long as device, inode, size and the times of
+    A file of an image has it written down beside it: see ``note_digests``. That of another is
+    remembered in ``cache`` for as long as device, inode, size and the times of
     the last change of contents and inode stay the same: the last of these
     cannot be set back, so a changed file is never taken for the old one.
     """
     facts = path.stat()
+    noted = read_json(path.with_name(DIGESTS))
+    if isinstance(noted, dict) and noted.get(path.name, [])[:2] == [
+        facts.st_size,
+        facts.st_mtime_ns,
+    ]:
+        return str(noted[path.name][2])
     identity = [
         *(facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns),
     ]
@@ -192,6 +237,37 @@ def fingerprint(path: Path, cache: Path) -> str:
     digest = _hash(path)
     write_json(memory, {"path": str(path), "identity": identity, "sha256": digest})
     return digest
+
+
+def note_digests(folder: Path, names: Iterable[str], known: Mapping[str, Any]) -> None:
+    """Write down the SHA-256 of files that are not to change, for ``fingerprint``.
+
+    ``known``: what was written down in the directory that some of them are linked from.
+    """
+    noted = {}
+    for name in names:
+        facts = (folder / name).stat()
+        what = [facts.st_size, facts.st_mtime_ns]
+        found = known.get(name)
+        noted[name] = found if found and found[:2] == what else [*what, _hash(folder / name)]
+    write_json(folder / DIGESTS, noted)
+
+
+def noted_digests(folder: Path) -> dict[str, Any]:
+    """What ``note_digests`` wrote in a directory."""
+    noted = read_json(folder / DIGESTS)
+    return noted if isinstance(noted, dict) else {}
+
+
+def fingerprint_of_image(rootfs: Path, cache: Path) -> str:
+    """``fingerprint`` of a root image, with all that it lies over."""
+    image, *below = chain_of(rootfs)
+    found = fingerprint(image.path, cache)
+    if not below:
+        return found
+    return hashlib.sha256(
+        "\n".join([found, *(fingerprint(layer.path, cache) for layer in below)]).encode()
+    ).hexdigest()
 
 
 def _hash(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -49,6 +49,7 @@ class Inside(ABC):
         input: str | bytes | None = None,
         cwd: str | None = None,
         env: Mapping[str, str] | None = None,
+        on_output: Callable[[bytes], object] | None = None,
     ) -> CommandResult:
         """Run a command in the guest, to its end.
 
@@ -57,11 +58,19 @@ class Inside(ABC):
         killed in the guest, and ``OperationTimeoutError`` carries what it had
         printed. ``shell``: ``"login"`` reads the profile first, ``"raw"`` does not.
         ``input``: standard input (default: empty). ``cwd``, ``env``: for this
-        command alone. ``check``: raise ``CommandFailedError`` for an exit status
+        command alone. ``on_output`` is called with what the command prints, on
+        either stream, as it comes. ``check``: raise ``CommandFailedError`` for an exit status
         other than 0.
         """
         return self._live_guest().run(
-            command, timeout, shell=shell, check=check, input=input, cwd=cwd, env=env
+            command,
+            timeout,
+            shell=shell,
+            check=check,
+            input=input,
+            cwd=cwd,
+            env=env,
+            on_output=on_output,
         )
 
     def put(self, local: str | Path, remote: str, timeout: float = TRANSFER_TIMEOUT_S) -> None:

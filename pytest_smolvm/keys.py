@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from pytest_smolvm.statedir import locked, make_private_dir, write_atomically
 from pytest_smolvm.store import Store
+
+_IMPORTED = "imported"
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,40 @@ def library_key_pair(store: Store) -> KeyPair:
                 write_atomically(private, private_openssh(key))
                 write_atomically(public, public_openssh(key, "pytest-smolvm").encode() + b"\n")
     return KeyPair(private, public.read_text().strip())
+
+
+def key_pairs(store: Store) -> list[KeyPair]:
+    """The library's own pair, and those that came with images of other hosts."""
+    pairs = [library_key_pair(store)]
+    for public in sorted((store.keys / _IMPORTED).glob("*.pub")):
+        pairs.append(KeyPair(public.with_suffix(""), public.read_text().strip()))
+    return pairs
+
+
+def import_key_pair(store: Store, private: bytes, public_key: str) -> None:
+    """Keep the pair that opens the images of another host. ``ValueError`` if it is none."""
+    try:
+        key = serialization.load_ssh_private_key(private, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ValueError(f"it holds no private key in OpenSSH's format: {error}") from error
+    if not isinstance(key, Ed25519PrivateKey) or not same_key(public_openssh(key), public_key):
+        raise ValueError("its private key and its public key are not of one pair")
+    folder = make_private_dir(make_private_dir(store.keys) / _IMPORTED)
+    name = hashlib.sha256(public_key.split()[1].encode()).hexdigest()[:16]
+    write_atomically(folder / name, private)
+    write_atomically(folder / f"{name}.pub", public_key.encode() + b"\n")
+
+
+def key_pair_for(store: Store, authorized_keys: Sequence[str]) -> KeyPair:
+    """The pair that the lines of an ``authorized_keys`` file let in; else the library's own."""
+    pairs = key_pairs(store)
+    accepted = (p for p in pairs if any(same_key(p.public_key, line) for line in authorized_keys))
+    return next(accepted, pairs[0])
+
+
+def same_key(one: str, other: str) -> bool:
+    """Whether two lines in OpenSSH's format are of one key, whatever comment they end in."""
+    return one.split()[:2] == other.split()[:2]
 
 
 def private_openssh(key: Ed25519PrivateKey) -> bytes:

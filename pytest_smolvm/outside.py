@@ -10,9 +10,10 @@ from typing import Self
 from pytest_smolvm import access, diagnosis
 from pytest_smolvm.backends.base import Backend, Machine
 from pytest_smolvm.config import VMConfig
+from pytest_smolvm.images.manifest import read_manifest
 from pytest_smolvm.inside import check_port
 from pytest_smolvm.journal import Entry, Journal
-from pytest_smolvm.keys import library_key_pair
+from pytest_smolvm.keys import key_pair_for
 from pytest_smolvm.records import VMState
 from pytest_smolvm.store import Store
 
@@ -86,7 +87,9 @@ class Outside(ABC):
         """Lines to paste into a terminal: ``ssh``, ``copy_to_guest``, ``copy_from_guest``."""
         access.check_offers_ssh(self._config)
         self._check_usable(0)
-        key = self._ssh_key_path or library_key_pair(self._store).private_path
+        manifest = read_manifest(self._config.rootfs_path)
+        authorized = manifest.authorized_keys if manifest else []
+        key = self._ssh_key_path or key_pair_for(self._store, authorized).private_path
         return access.paste_lines(
             vm_id=self.vm_id,
             directory=self.directory,
@@ -138,6 +141,8 @@ class Outside(ABC):
             end = self._machine.poll()
             if end is not None:
                 self._state = VMState.STOPPED if end.by_guest else VMState.ERROR
+            elif self._machine.stalled:
+                self._state = VMState.PAUSED
         return self._state
 
     @property

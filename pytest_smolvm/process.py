@@ -186,10 +186,16 @@ def _die_with_parent() -> list[str]:
 
 def _never_outlive_us() -> list[str]:
     signal_wanted = _die_with_parent()
-    # Had we died before the signal was asked for, it would never come (prctl(2)). So
-    # the program, once it has been, looks who its parent is.
-    still_ours = ["/bin/sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid())]
-    return [*signal_wanted, *still_ours] if signal_wanted else []
+    return [*signal_wanted, *still_ours()] if signal_wanted else []
+
+
+def still_ours() -> list[str]:
+    """What comes before a command that has asked for a signal at its parent's death.
+
+    Had we died before it was asked for, it would never come (prctl(2)). So the program, once it
+    has been, looks who its parent is.
+    """
+    return ["/bin/sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid())]
 
 
 def wait_readable(descriptor: int, timeout_s: float) -> bool:

@@ -30,6 +30,8 @@ class Header:
     """Whether it names a backing file, or keeps its data in another file."""
     virtual_size: int
     """Bytes that the guest sees."""
+    has_data_file: bool = False
+    """Whether it keeps its data in another file."""
 
 
 def read_header(data: bytes) -> Header | None:
@@ -39,7 +41,8 @@ def read_header(data: bytes) -> Header | None:
     version, backing_offset = struct.unpack_from(">IQ", data, 4)
     (virtual_size,) = struct.unpack_from(">Q", data, 24)
     features = struct.unpack_from(">Q", data, 72)[0] if version >= 3 and len(data) >= 80 else 0
-    return Header(bool(backing_offset or features & _EXTERNAL_DATA_FILE), virtual_size)
+    has_data_file = bool(features & _EXTERNAL_DATA_FILE)
+    return Header(bool(backing_offset) or has_data_file, virtual_size, has_data_file)
 
 
 def write_overlay(overlay: Path, backing: str, backing_format: str, virtual_size: int) -> None:

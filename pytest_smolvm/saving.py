@@ -158,7 +158,7 @@ class Saving(ABC):
             names = snapshots.save(
                 machine, spec, backend, layers, f"layer-{key}.qcow2", target, deadline
             )
-            return self._facts(key, backend.describe(spec), names)
+            return self._facts(key, backend.describe(spec), names, fresh=fresh)
 
         try:
             waking.lay_down(
@@ -213,7 +213,9 @@ class Saving(ABC):
         """The root image as it is now: path, size, time of the last change (ns)."""
         return [str(self._config.rootfs_path), *stat_image(self._config.rootfs_path)]
 
-    def _facts(self, key: str, made_by: list[str], layers: list[str]) -> TemplateFacts:
+    def _facts(
+        self, key: str, made_by: list[str], layers: list[str], *, fresh: bool
+    ) -> TemplateFacts:
         facts: dict[str, Any] = {
             "key": key,
             "vm_id": self._config.vm_id,
@@ -224,5 +226,6 @@ class Saving(ABC):
             "made_by": made_by,
             "layers": layers,
             "disk": self._image(),
+            "fresh": fresh,
         }
         return TemplateFacts.model_validate(facts)

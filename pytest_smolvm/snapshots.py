@@ -77,11 +77,13 @@ def _split_off_memory(
     memory = target / MEMORY
     memory.touch(mode=0o600)
     nearest, *others = (Image(path, "qcow2") for path in layers)
+    # What is under the layers is the root image, itself of layers perhaps.
+    images = spec.disk.backing[len(others) :]
     converter = backend.launch(
         dataclasses.replace(
             spec,
             directory=work,
-            disk=Disk(nearest, (*others, spec.disk.backing[-1])),
+            disk=Disk(nearest, (*others, *images)),
             console=work / "console.log",
             machine_log=work / "machine.log",
             memory=MemoryFile(memory, shared=True),

@@ -174,7 +174,10 @@ class Startup(Saving):
         self._write_record()
 
     def _meet(self, machine: Machine, login: Login) -> None:
-        self._guest = Guest(machine.ssh_address, login, self._check_usable, self._journal)
+        guest = Guest(machine.ssh_address, login, self._check_usable, self._journal)
+        # Whoever waits for it then hears why, at once.
+        machine.when_stalled(guest.disconnect)
+        self._guest = guest
 
     def _connect(self, deadline: Deadline, during: str) -> float:
         assert self._guest is not None and self._machine is not None  # noqa: S101, PT018

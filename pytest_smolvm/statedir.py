@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from pytest_smolvm.errors import OperationTimeoutError, SmolVMError
 
-_BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's: stat(2)
+BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's: stat(2)
 STATE_DIR_VARIABLE = "SMOLVM_STATE_DIR"
 
 
@@ -111,7 +111,7 @@ def allocated_bytes(directory: Path, *, linked: bool = True) -> int:
             with contextlib.suppress(FileNotFoundError):
                 facts = path.lstat()
                 if linked or facts.st_nlink == 1:
-                    total += facts.st_blocks * _BLOCK_BYTES
+                    total += facts.st_blocks * BLOCK_BYTES
     return total
 
 

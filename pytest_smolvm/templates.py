@@ -36,7 +36,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pytest_smolvm.backends.base import Backend, MachineSpec
 from pytest_smolvm.config import VMConfig
-from pytest_smolvm.disks import data_extents, fingerprint
+from pytest_smolvm.disks import data_extents, fingerprint, fingerprint_of_image
 from pytest_smolvm.errors import OperationTimeoutError, SmolVMError
 from pytest_smolvm.statedir import (
     allocated_bytes,
@@ -93,6 +93,8 @@ class TemplateFacts(BaseModel):
     """The nearest first."""
     disk: list[str | int]
     """The image under them: path, size, time of the last change (ns)."""
+    fresh: bool = False
+    """Whether nothing had happened in the guest since it booted."""
     files: dict[str, FileFacts] = {}
 
 
@@ -295,7 +297,8 @@ def base_key(config: VMConfig, backend: Backend, spec: MachineSpec, store: Store
     facts: list[object] = [
         FORMAT,
         *backend.describe(spec),
-        *(fingerprint(path, store.cache) for path in (config.kernel_path, config.rootfs_path)),
+        fingerprint(config.kernel_path, store.cache),
+        fingerprint_of_image(config.rootfs_path, store.cache),
         fingerprint(initrd, store.cache) if initrd else None,
     ]
     if backend.accelerator != "tcg":

@@ -16,14 +16,15 @@ from pytest_smolvm import access, booting, diagnosis, power, registry
 from pytest_smolvm.backends import choose
 from pytest_smolvm.backends.base import Backend, Machine, MachineSpec
 from pytest_smolvm.config import SSH_BOOT_ARGS, VMConfig, generate_vm_id
-from pytest_smolvm.disks import fingerprint
+from pytest_smolvm.disks import fingerprint_of_image
 from pytest_smolvm.errors import (
     ImageError,
     SmolVMError,
     VMNotFoundError,
 )
 from pytest_smolvm.guest import Guest
-from pytest_smolvm.images.builder import ImageBuilder
+from pytest_smolvm.images.builder import DistributionBuilder
+from pytest_smolvm.images.kernel import kernel_architecture
 from pytest_smolvm.inside import Inside
 from pytest_smolvm.journal import Journal
 from pytest_smolvm.outside import Outside
@@ -230,7 +231,7 @@ class SmolVM(Startup, Inside, Outside):
                 return self
             try:
                 if machine.poll() is None:
-                    if self._state is VMState.PAUSED:
+                    if self._state is VMState.PAUSED or machine.stalled:
                         machine.resume()
                         self._state = VMState.RUNNING
                     power.power_off(self.vm_id, machine, self._guest, deadline)
@@ -339,7 +340,8 @@ class SmolVM(Startup, Inside, Outside):
     # -- within ---------------------------------------------------------------
 
     def _choose(self) -> Backend:
-        return choose(self._store, self._config.backend, self._wanted_accelerator)
+        guest = kernel_architecture(self._config.kernel_path)
+        return choose(self._store, self._config.backend, self._wanted_accelerator, guest)
 
     @property
     def _itself(self) -> SmolVM:
@@ -382,7 +384,7 @@ class SmolVM(Startup, Inside, Outside):
         # A disk that was kept before stays safe from the sweep until delete().
         record.keep_disk = keeps_its_disk(config) or bool(earlier and earlier.keep_disk)
         if record.keep_disk:
-            record.base_fingerprint = fingerprint(config.rootfs_path, self._store.cache)
+            record.base_fingerprint = fingerprint_of_image(config.rootfs_path, self._store.cache)
         if self._machine is not None:
             record.set_machine(self._machine.pid, self._machine.ssh_address)
         return record
@@ -392,6 +394,8 @@ class SmolVM(Startup, Inside, Outside):
         self._check_not_deleted()
         if self._machine is None:
             raise SmolVMError(f"the VM {self.vm_id!r} is {self.status}: start() it first")
+        if self._machine.stalled:
+            raise diagnosis.stalled(self.vm_id, self._machine.stalled, self.directory)
         end = self._machine.wait(grace_s) if grace_s else self._machine.poll()
         if end is not None:
             raise diagnosis.died(self.vm_id, self._during, end, self._console_path)
@@ -491,7 +495,7 @@ class JoinedVM(SmolVM):
 def _settle_config(config: VMConfig | None, overrides: Mapping[str, Any]) -> VMConfig:
     given = {key: value for key, value in overrides.items() if value is not None}
     if config is None:
-        kernel, rootfs = ImageBuilder().build_micro_ssh_key()
+        kernel, rootfs = DistributionBuilder().build_micro_ssh_key()
         return VMConfig(kernel_path=kernel, rootfs_path=rootfs, boot_args=SSH_BOOT_ARGS, **given)
     # Validated again: model_copy(update=...) checks nothing, and files may have gone.
     return VMConfig.model_validate({**config.model_dump(), **given})

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pytest_smolvm.config import VMConfig
-from pytest_smolvm.disks import Disk, create_overlay, fingerprint, reopen_overlay, shared_disk
+from pytest_smolvm.disks import (
+    Disk,
+    create_overlay,
+    fingerprint_of_image,
+    reopen_overlay,
+    shared_disk,
+)
 from pytest_smolvm.errors import ImageError, SmolVMError
 from pytest_smolvm.store import Store, VMDirectory
 
@@ -58,7 +64,7 @@ def _check_base(config: VMConfig, directory: VMDirectory, store: Store) -> None:
     known = record.base_fingerprint if record else None
     if known is None:
         return  # stopped and started again by one and the same owner
-    found = fingerprint(config.rootfs_path, store.cache)
+    found = fingerprint_of_image(config.rootfs_path, store.cache)
     if found != known:
         raise ImageError(
             f"the disk kept for the VM {config.vm_id!r} was made over another version of "

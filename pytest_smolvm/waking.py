@@ -13,12 +13,13 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 
 from pytest_smolvm import envvars
 from pytest_smolvm.backends.base import PORT_NAME, Machine
 from pytest_smolvm.errors import BackendError, OperationTimeoutError
 from pytest_smolvm.guest import Guest
-from pytest_smolvm.images.guestfiles import SSH_ON_PORT
+from pytest_smolvm.images.guestfiles import COMPANION
 from pytest_smolvm.process import Deadline, wait_readable
 
 _READY = b"SMOLVM-READY\n"
@@ -26,7 +27,7 @@ _MAGIC = b"SMOLVM-WAKE\n"
 _SEED_BYTES = 64
 _CLOCK_WITHIN_S = 0.02
 _CLOCK_TRIES = 20
-_RUN = "/run/smolvm"
+_RUN = COMPANION
 _STEPS = {
     1: "a message that it does not understand",
     2: "seeding the random generator",
@@ -58,9 +59,11 @@ def lay_down(
     write takes its place.
     """
     guest.disconnect()
+    ssh_on_port = str(PurePosixPath(agent).with_name("ssh-on-port"))
     # What a command has to look up on the disk is looked up here, once for all.
     guest.ask("true", max(0.1, deadline.remaining_s()), shell="login")
     script = f"""
+PATH="$PATH:{_RUN}/bin"
 mkdir -p {_RUN} && cd {_RUN} || exit 1
 [ ! -r agent.pid ] || {{ read -r pid < agent.pid && kill -9 -- "-$pid" 2> /dev/null; }}
 port=
@@ -73,7 +76,7 @@ if {"[ ! -e boot_id ]" if has_boot_id else "false"}; then
         mount --bind {_RUN}/boot_id /proc/sys/kernel/random/boot_id
 fi
 sync
-setsid {shlex.quote(agent)} "$port" /{SSH_ON_PORT} < /dev/null > /dev/null 2>&1 &
+setsid {shlex.quote(agent)} "$port" {shlex.quote(ssh_on_port)} < /dev/null > /dev/null 2>&1 &
 echo $! > agent.pid
 """
     done = guest.ask(script, max(0.1, deadline.remaining_s()))

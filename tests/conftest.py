@@ -21,6 +21,7 @@ from pytest_smolvm.statedir import default_state_dir
 from pytest_smolvm.store import Store
 
 _shared_state = default_state_dir()
+_BUILT_IN = ("micro-*/", "debian*/")
 
 COMMAND = Path(sys.executable).with_name("pytest-smolvm")
 
@@ -69,6 +70,18 @@ def no_vms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root.mkdir()
     monkeypatch.setenv("SMOLVM_STATE_DIR", str(root))
     return with_shared_caches(root)
+
+
+@pytest.fixture
+def never_built(no_templates: Path) -> Path:
+    """The state directory of a host on which no image was ever built but the built-in ones."""
+    images = no_templates / "images"
+    images.unlink()
+    images.mkdir()
+    for pattern in _BUILT_IN:
+        for path in (_shared_state / "images").glob(pattern):
+            (images / path.name).symlink_to(path)
+    return no_templates
 
 
 @pytest.fixture(scope="session")

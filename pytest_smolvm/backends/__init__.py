@@ -9,38 +9,42 @@ from pytest_smolvm.backends.accelerators import AcceleratorReport, report_accele
 from pytest_smolvm.backends.base import Backend
 from pytest_smolvm.backends.firecracker import refuse_firecracker
 from pytest_smolvm.backends.qemu import QemuBackend
-from pytest_smolvm.backends.qemu_args import ARCHITECTURES, Architecture, host_machine
+from pytest_smolvm.backends.qemu_args import ARCHITECTURES, Architecture
 from pytest_smolvm.errors import BackendError
-from pytest_smolvm.limits import ACCELERATORS
+from pytest_smolvm.limits import ACCELERATORS, host_architecture
 from pytest_smolvm.process import ToolError, find_tool
 from pytest_smolvm.store import Store
 
 logger = logging.getLogger(__name__)
 
 
-def host_architecture() -> Architecture:
-    """The guest architecture that matches this host."""
-    machine = host_machine()
+def guest_architecture(name: str) -> Architecture:
+    """What is known of guests of that architecture."""
     try:
-        return ARCHITECTURES[machine]
+        return ARCHITECTURES[name]
     except KeyError:
         raise BackendError(
-            f"hosts of the kind {machine!r} are not supported: use one of "
-            f"{', '.join(ARCHITECTURES)}",
-            {"machine": machine},
+            f"guests of the kind {name!r} are not supported: use one of {', '.join(ARCHITECTURES)}",
+            {"machine": name},
         ) from None
 
 
-def choose(store: Store, backend: str | None = None, accelerator: str = "auto") -> Backend:
+def choose(
+    store: Store,
+    backend: str | None = None,
+    accelerator: str = "auto",
+    guest: str | None = None,
+) -> Backend:
     """The backend to use; ``backend`` and ``accelerator`` narrow the choice.
 
-    Raises ``BackendError`` that says what is missing where nothing fits.
+    ``guest``: the architecture of the guest; None: this host's. Raises ``BackendError`` that
+    says what is missing where nothing fits.
     """
     if accelerator not in ACCELERATORS:
         raise BackendError(
             f"there is no accelerator {accelerator!r}: use one of {', '.join(ACCELERATORS)}"
         )
-    architecture = host_architecture()
+    architecture = guest_architecture(guest or host_architecture())
     if backend == "firecracker":
         try:
             qemu = find_tool(architecture.binary, architecture.package)

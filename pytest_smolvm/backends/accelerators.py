@@ -19,7 +19,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pytest_smolvm.backends.qemu_args import Architecture, host_machine
+from pytest_smolvm.backends.qemu_args import Architecture
+from pytest_smolvm.limits import host_architecture
 from pytest_smolvm.process import run_to_end
 from pytest_smolvm.statedir import make_private_dir, read_json, write_json
 from pytest_smolvm.store import Store
@@ -86,7 +87,7 @@ def report_accelerator(
 
 
 def _kvm_access_problem(architecture: Architecture) -> str:
-    if host_machine() != architecture.name:
+    if host_architecture() != architecture.name:
         return f"this host does not run {architecture.name} code itself"
     if not _KVM.exists():
         return "there is no /dev/kvm (no hardware virtualization, or it is not exposed here)"

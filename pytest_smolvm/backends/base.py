@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -100,6 +101,18 @@ class Machine(Protocol):
         Until then a guest that resets (a panic, mostly) ends the machine; one that starts from
         a saved state has booted.
         """
+        ...
+
+    @property
+    def stalled(self) -> str:
+        """Why it stands still although nobody paused it: its disk could not be written, say.
+
+        Empty: it does not. ``resume`` lets it try again.
+        """
+        ...
+
+    def when_stalled(self, notify: Callable[[], object]) -> None:
+        """Have ``notify`` called, in a thread of its own, when that happens."""
         ...
 
     def pause(self) -> None: ...

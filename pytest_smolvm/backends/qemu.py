@@ -10,12 +10,15 @@ import os
 import re
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from pytest_smolvm.backends.base import MachineEnd, MachineSpec
+from pytest_smolvm.backends.nat import Nat
 from pytest_smolvm.backends.qemu_args import (
     Architecture,
     kernel_command_line,
+    listening_address,
     qemu_argv,
 )
 from pytest_smolvm.backends.qmp import Monitor
@@ -29,7 +32,7 @@ logger = logging.getLogger(__name__)
 _MAX_BANDWIDTH = 1 << 40  # bytes per second; the default is that of a network
 _FAILED_LOAD_S = 1.0
 _FINISHED_LOOK_S = 0.001
-_FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+(\d+)")
+_FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+\S+\s+(\d+)\s+\S+\s+(\d+)")
 
 
 class QemuBackend:
@@ -60,15 +63,7 @@ class QemuBackend:
         logger.debug("%s: boot arguments asked for: %s", spec.vm_id, spec.boot_args)
         logger.debug("%s: kernel command line: %s", spec.vm_id, settled)
         _check_kernel(spec.kernel, self.architecture)
-        if spec.network == "nat":
-            # QEMU's user network leads to the host's loopback as well as outside,
-            # and has no switch for the one without the other.
-            raise BackendError(
-                "network='nat' cannot be had yet: QEMU's own network would let the guest reach "
-                "the services of this host too. Use network='isolated', and put() what the guest "
-                "needs.",
-                {"network": spec.network},
-            )
+        nat = _nat_for(spec)
         with contextlib.ExitStack() as ours_only:
             with contextlib.ExitStack() as handed_over:
                 monitor, monitor_fd = _socket_pair(ours_only, handed_over)
@@ -83,16 +78,23 @@ class QemuBackend:
                     monitor_fd=monitor_fd,
                     port_fd=port_fd,
                 )
+                inherited = [fd for fd in (monitor_fd, port_fd, state_fd) if fd >= 0]
+                if nat is not None:
+                    ours_only.callback(nat.close)
+                    argv = nat.wrap(argv)
+                    inherited += nat.inherited
                 spec.console.touch(mode=0o600)
                 process = MachineProcess(
                     argv,
                     cwd=spec.directory,
                     log=spec.machine_log,
-                    pass_fds=[fd for fd in (monitor_fd, port_fd, state_fd) if fd >= 0],
+                    pass_fds=inherited,
                 )
             # Only QEMU holds its ends now: should it die, ours will tell.
-            machine = QemuMachine(spec, process, port)
+            machine = QemuMachine(spec, process, port, nat)
             ours_only.push(lambda *error: machine.kill() if error[0] else None)
+            if nat is not None:
+                nat.attach(process, deadline)
             machine.greet(monitor, deadline)
             if spec.state is not None:
                 machine.load(state_fd, deadline)
@@ -124,6 +126,26 @@ def _version_of(binary: str, *_facts: int) -> str:
         return ""
     found = re.search(r"version (\d[\w.]*)", text)
     return found[1] if found else ""
+
+
+def _nat_for(spec: MachineSpec) -> Nat | None:
+    if spec.network == "isolated":
+        return None
+    try:
+        return Nat(spec.directory)
+    except ToolError as error:
+        raise BackendError(
+            f"network='nat' cannot be had: {error.message}", {"network": spec.network}
+        ) from error
+
+
+def _not_forwarded(host_port: int, guest_port: int, why: str) -> SmolVMError:
+    return SmolVMError(
+        f"port {host_port} of 127.0.0.1 cannot be forwarded to port {guest_port} of the "
+        f"guest: it is in use, or not allowed; give another host_port, or None for any "
+        f"free one (QEMU: {why})",
+        {"host_port": host_port, "guest_port": guest_port},
+    )
 
 
 def _socket_pair(
@@ -159,8 +181,17 @@ def _check_kernel(kernel: Path, architecture: Architecture) -> None:
 class QemuMachine:
     """One QEMU process."""
 
-    def __init__(self, spec: MachineSpec, process: MachineProcess, port: socket.socket) -> None:
+    def __init__(
+        self,
+        spec: MachineSpec,
+        process: MachineProcess,
+        port: socket.socket,
+        nat: Nat | None = None,
+    ) -> None:
         self._process = process
+        self._nat = nat
+        self._listens_on = listening_address(spec)
+        self._inner_ports: dict[int, int] = {}
         self._port = port
         self._monitor = Monitor(spec.vm_id)
         self._has_shared_memory = spec.memory is not None and spec.memory.shared
@@ -171,7 +202,9 @@ class QemuMachine:
         """Connect the monitor and learn the SSH port. Raises ``BackendError`` if QEMU is gone."""
         try:
             self._monitor.connect(our_end, max(1.0, deadline.remaining_s()))
-            self._ssh_port = self._host_ports()[22]
+            self._ssh_port = next(host for host, guest in self._host_forwards() if guest == 22)
+            if self._nat is not None:
+                self._ssh_port = self._nat.forward(self._ssh_port, 0)
         except (ConnectionError, BackendError) as error:
             end = self.wait(5)
             if end is None:
@@ -261,10 +294,27 @@ class QemuMachine:
     def booted(self) -> None:
         self._monitor.execute("set-action", {"reboot": "reset"})
 
+    @property
+    def stalled(self) -> str:
+        why = self._monitor.io_error
+        # Several requests may have failed, and word of the last come when all is well again.
+        if why and self._monitor.execute("query-status")["status"] == "running":
+            self._monitor.io_error = why = ""
+        return why
+
+    def when_stalled(self, notify: Callable[[], object]) -> None:
+        def look() -> None:
+            with contextlib.suppress(BackendError, OperationTimeoutError):  # its end is seen, too
+                if self.stalled:
+                    notify()
+
+        self._monitor.on_io_error = look
+
     def pause(self) -> None:
         self._monitor.execute("stop")
 
     def resume(self) -> None:
+        self._monitor.io_error = ""
         self._monitor.execute("cont")
 
     def press_power_button(self) -> None:
@@ -282,18 +332,21 @@ class QemuMachine:
 
     def forward(self, guest_port: int, host_port: int) -> int:
         before = self._host_forwards()
+        inner_port = 0 if self._nat else host_port
         answer = self._monitor.human(
-            f"hostfwd_add net0 tcp:127.0.0.1:{host_port}-{GUEST_ADDRESS}:{guest_port}"
+            f"hostfwd_add net0 tcp:{self._listens_on}:{inner_port}-{GUEST_ADDRESS}:{guest_port}"
         ).strip()
         if answer:
-            raise SmolVMError(
-                f"port {host_port} of 127.0.0.1 cannot be forwarded to port {guest_port} of the "
-                f"guest: it is in use, or not allowed; give another host_port, or None for any "
-                f"free one (QEMU: {answer})",
-                {"host_port": host_port, "guest_port": guest_port},
-            )
+            raise _not_forwarded(host_port, guest_port, answer)
         new = set(self._host_forwards()) - set(before)
         port = next(host for host, guest in new if guest == guest_port)
+        if self._nat is not None:
+            try:
+                port, inner_port = self._nat.forward(port, host_port), port
+            except SmolVMError as error:
+                self._monitor.human(f"hostfwd_remove net0 tcp:{self._listens_on}:{port}")
+                raise _not_forwarded(host_port, guest_port, error.message) from error
+            self._inner_ports[port] = inner_port
         self._forwards[port] = guest_port
         return port
 
@@ -308,11 +361,11 @@ class QemuMachine:
                 f"are {sorted(self._forwards) or 'none'}",
                 {"host_port": host_port, "forwarded": sorted(self._forwards)},
             )
-        self._monitor.human(f"hostfwd_remove net0 tcp:127.0.0.1:{host_port}")
+        if self._nat is not None:
+            self._nat.unforward(host_port)
+        inner_port = self._inner_ports.pop(host_port, host_port)
+        self._monitor.human(f"hostfwd_remove net0 tcp:{self._listens_on}:{inner_port}")
         del self._forwards[host_port]
-
-    def _host_ports(self) -> dict[int, int]:
-        return {guest: host for host, guest in self._host_forwards()}
 
     def _host_forwards(self) -> list[tuple[int, int]]:
         text = self._monitor.human("info usernet")
@@ -331,3 +384,5 @@ class QemuMachine:
         self._process.kill()
         self._port.close()
         self._monitor.close()
+        if self._nat is not None:
+            self._nat.close()

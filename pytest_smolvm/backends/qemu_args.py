@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from typing import Any
 
+from pytest_smolvm.backends import nat
 from pytest_smolvm.backends.base import PORT_NAME, MachineSpec
 from pytest_smolvm.disks import Disk, Image
 from pytest_smolvm.usernet import GUEST_ADDRESS, NETWORK
@@ -54,12 +54,6 @@ ARCHITECTURES = {
 }
 
 
-def host_machine() -> str:
-    """What this host's processor is called in ``ARCHITECTURES``, if it is there."""
-    machine = os.uname().machine
-    return {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine)
-
-
 def qemu_argv(
     spec: MachineSpec, architecture: Architecture, *, binary: str, monitor_fd: int, port_fd: int
 ) -> list[str]:
@@ -87,7 +81,7 @@ def qemu_argv(
         ipv6="off",
         restrict="on" if spec.network == "isolated" else "off",
         # Port 0: the kernel picks a free one, and nobody can take it in between.
-        hostfwd=f"tcp:127.0.0.1:0-{GUEST_ADDRESS}:22",
+        hostfwd=f"tcp:{listening_address(spec)}:0-{GUEST_ADDRESS}:22",
     )
     return [
         binary,
@@ -121,6 +115,11 @@ def qemu_argv(
         *(() if spec.state else ("-action", "reboot=shutdown")),
         *(("-incoming", "defer") if spec.state else ()),
     ]
+
+
+def listening_address(spec: MachineSpec) -> str:
+    """Where QEMU listens for connections to the guest; in its namespace, if it has one."""
+    return "127.0.0.1" if spec.network == "isolated" else nat.ADDRESS
 
 
 def _machine(spec: MachineSpec, architecture: Architecture) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -31,11 +32,14 @@ class Monitor:
 
     def __init__(self, name: str) -> None:
         self._client = QMPClient(name)
-        self._listener = EventListener(names={"SHUTDOWN", "RESET", "MIGRATION"})
+        self._listener = EventListener(names={"SHUTDOWN", "RESET", "MIGRATION", "BLOCK_IO_ERROR"})
         self._watcher: asyncio.Task[None] | None = None
         self._changed: asyncio.Condition | None = None
         self.shutdown_reason = ""
         self.resets = 0
+        self.io_error = ""
+        """Why the machine was stopped, if its disk could not be read or written."""
+        self.on_io_error: Callable[[], object] = lambda: None
         self._migration = ""
 
     def connect(self, our_end: socket.socket, timeout_s: float) -> None:
@@ -63,6 +67,10 @@ class Monitor:
                     self.shutdown_reason = str(data.get("reason", ""))
                 elif event["event"] == "MIGRATION":
                     self._migration = str(data.get("status", ""))
+                elif event["event"] == "BLOCK_IO_ERROR" and data.get("action") == "stop":
+                    self.io_error = f"{data.get('operation')}: {data.get('reason', 'an error')}"
+                    # In a thread: it may take a while, and this one answers to everybody.
+                    threading.Thread(target=self.on_io_error, daemon=True).start()
                 self._changed.notify_all()
 
     def execute(

@@ -1,35 +1,51 @@
-"""ImageBuilder: every image built once, by whoever asks first, and whole or not at all."""
+"""Images from a distribution, or from somebody's root file system: all that needs no guest."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
 import os
 import re
-import shutil
 import sys
-import tempfile
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+from pytest_smolvm.disks import fingerprint
 from pytest_smolvm.errors import ImageError
-from pytest_smolvm.images.debian import Progress
+from pytest_smolvm.images import alpine, alpine_root, bootstrap, importing, micro, rootfs
+from pytest_smolvm.images.alpine import AlpinePackages
+from pytest_smolvm.images.cache import (
+    ImageCache,
+    ImageFacts,
+    Progress,
+    StalePackagesError,
+    check_space,
+    facts_of,
+)
+from pytest_smolvm.images.debian import DEBIAN_NAMES
 from pytest_smolvm.images.micro import MicroRecipe
+from pytest_smolvm.images.recipes import NAME
+from pytest_smolvm.images.toolbox import ToolSource, tools_for
 from pytest_smolvm.keys import check_public_key, library_key_pair
-from pytest_smolvm.limits import DEFAULT_IMAGE
-from pytest_smolvm.process import Deadline, ToolError
-from pytest_smolvm.statedir import default_state_dir, locked, make_private_dir
+from pytest_smolvm.limits import ARCHITECTURES, host_architecture
+from pytest_smolvm.process import ToolError
+from pytest_smolvm.statedir import default_state_dir
 from pytest_smolvm.store import Store
 
-logger = logging.getLogger(__name__)
-
-_NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
-_BUILD_TIMEOUT_S = 1800
-_LEFTOVER_TIMEOUT_S = 10
-_LEFTOVER_PAUSE_S = 0.05
+ROOTFS = "rootfs.ext4"
+LAYERED_ROOTFS = "rootfs.qcow2"
 _SMALLEST_ROOTFS_MB = 32
+_SMALLEST_DEBIAN_MB = 512
+_SMALLEST_ALPINE_MB = 64
 _LARGEST_ROOTFS_MB = 1 << 20
+_DEBIAN_BYTES = 1 << 30
+_ALPINE_BYTES = 256 << 20
+_IMPORT_BYTES = 64 << 20
+_DEFAULT_DEBIAN = "13"
+_DEBIANS = {"debian": _DEFAULT_DEBIAN, "debian-12": "12", "debian-13": "13"}
+_MICRO_MB, _DEBIAN_MB, _ALPINE_MB = 128, 2048, 512
 
 
 def print_progress(message: str) -> None:
@@ -37,124 +53,378 @@ def print_progress(message: str) -> None:
     print(f"pytest-smolvm: {message}", file=sys.stderr, flush=True)  # noqa: T201
 
 
-class ImageBuilder:
-    """Builds images and keeps them in ``cache_dir`` (default: ``images`` in the state dir).
+@dataclass(frozen=True)
+class _Root:
+    """A root file system that is to become an image."""
 
-    ``progress`` is called with a line of text at each step of a build (default:
-    print it on standard error); an image that is there already says nothing.
-    """
+    name: str
+    architecture: str
+    origin: str
+    recipe: Mapping[str, object]
+    """What is asked for, as JSON."""
+    make: importing.MakeRoot
+    mirror: str | None = None
+    kernel: Path | None = None
+    space_bytes: int = _IMPORT_BYTES
+    """What must be free on the disk before it is begun."""
+
+
+class DistributionBuilder:
+    """The part of ``ImageBuilder`` that makes images without booting any."""
 
     def __init__(
-        self, cache_dir: Path | str | None = None, *, progress: Progress | None = None
+        self,
+        cache_dir: Path | str | None = None,
+        *,
+        progress: Progress | None = None,
+        make_missing: bool = True,
     ) -> None:
         state = default_state_dir()
-        self.cache_dir = make_private_dir(Path(cache_dir) if cache_dir else state / "images")
+        self._cache = ImageCache(Path(cache_dir) if cache_dir else state / "images")
         self._state = state
+        self._make_missing = make_missing
         self._progress = progress if progress is not None else print_progress
 
-    def build(self, name: str) -> tuple[Path, Path]:
-        """The built-in image called ``name``: kernel and root disk."""
-        if name != DEFAULT_IMAGE:
+    @property
+    def cache_dir(self) -> Path:
+        """Where the images lie."""
+        return self._cache.root
+
+    def _build_stock(self, name: str, arch: str | None) -> tuple[Path, Path]:
+        """The built-in image called ``name``, one of ``IMAGES``."""
+        if name == "micro":
+            return self.build_micro_ssh_key(arch=arch)
+        if _check_architecture(arch) != host_architecture():
             raise ImageError(
-                f"there is no image called {name!r}: the images are {DEFAULT_IMAGE!r}; your own "
-                "kernel and root disk are given by path",
-                {"name": name, "known": [DEFAULT_IMAGE]},
+                f"the image {name!r} can be had for this host's processor only, not for {arch}: "
+                f"'micro' can be had for {', '.join(ARCHITECTURES)}, and from_rootfs takes a root "
+                "file system for either"
             )
-        return self.build_micro_ssh_key()
+        if name == "alpine":
+            return self.build_alpine_ssh_key()
+        return self.build_debian_ssh_key(name=name, release=_DEBIANS[name])
+
+    def _stock_recipe(self, name: str, arch: str | None) -> Mapping[str, object]:
+        """What is asked for by that name."""
+        architecture = _check_architecture(arch)
+        if name == "micro":
+            return {**micro.recipe(architecture, _MICRO_MB), "public_key": None}
+        if name == "alpine":
+            root = alpine_root.recipe(alpine.DEFAULT_RELEASE, _ALPINE_MB)
+        else:
+            root = bootstrap.recipe(bootstrap.suite_of(_DEBIANS[name]), _DEBIAN_MB)
+        return with_companion(root, architecture, None)
 
     def build_micro_ssh_key(
-        self, public_key: str | None = None, name: str = "micro", rootfs_size_mb: int = 128
+        self,
+        public_key: str | None = None,
+        name: str = "micro",
+        rootfs_size_mb: int = _MICRO_MB,
+        *,
+        arch: str | None = None,
     ) -> tuple[Path, Path]:
         """The image ``micro`` (busybox and dropbear on a Debian kernel), built if need be.
 
         ``public_key``, one line in OpenSSH's format, is the key that may log in as
         root; None: the pair that the library keeps for itself. ``rootfs_size_mb`` is
-        the root disk's size in MiB, 32 or more. Returns the paths of kernel and root
-        disk; the initial RAM disk lies beside the kernel. Raises ``ImageError``.
+        the root disk's size in MiB, 32 or more. ``arch``: ``x86_64`` or ``aarch64``;
+        None: this host's. Returns the paths of kernel and root disk; the initial RAM
+        disk lies beside the kernel. Raises ``ImageError``.
         """
-        if not _NAME.fullmatch(name):
+        architecture = _check_architecture(arch)
+        _check_size(rootfs_size_mb, _SMALLEST_ROOTFS_MB)
+        key = self._public_key(public_key)
+        recipe = {**micro.recipe(architecture, rootfs_size_mb), "public_key": public_key}
+        with self._building(name) as say:
+            if imported := self._find_imported(name, recipe):
+                return imported
+
+            def get(tools: ToolSource) -> tuple[Path, Path]:
+                made_of = MicroRecipe(tools, architecture, key, rootfs_size_mb)
+
+                def build(target: Path, work: Path) -> None:
+                    made_of.build(target, work, name, say)
+
+                facts = facts_of(name, architecture, "busybox", recipe)
+                return self._get(name, made_of.inputs(), facts, build, say)
+
+            return self._with_tools(architecture, say, get)
+
+    def build_debian_ssh_key(
+        self,
+        public_key: str | None = None,
+        name: str = "debian",
+        rootfs_size_mb: int = _DEBIAN_MB,
+        *,
+        release: str = _DEFAULT_DEBIAN,
+        mirror: str | None = None,
+    ) -> tuple[Path, Path]:
+        """A Debian with apt and Python 3 (built if need be, with mmdebstrap).
+
+        ``release``: ``"12"`` or ``"13"``, or its code name. ``mirror``: the archive to take it
+        from; None: mmdebstrap's default. The other arguments, what is returned and what is
+        raised are those of ``build_micro_ssh_key``; ``rootfs_size_mb`` is 512 or more.
+        """
+        suite = bootstrap.suite_of(release)
+        _check_size(rootfs_size_mb, _SMALLEST_DEBIAN_MB)
+        architecture = host_architecture()
+
+        def make_root(image: Path, work: Path) -> None:
+            tar = work / "debian.tar"
+            bootstrap.make_debian_tar(
+                suite, bootstrap.PACKAGES, DEBIAN_NAMES[architecture], mirror, tar, say
+            )
+            rootfs.make_image(tar, image, work, rootfs_size_mb, say)
+
+        recipe = bootstrap.recipe(suite, rootfs_size_mb)
+        root = _Root(
+            name,
+            architecture,
+            f"Debian {suite}",
+            recipe,
+            make_root,
+            mirror,
+            space_bytes=_DEBIAN_BYTES,
+        )
+        with self._building(name) as say:
+            return self._import(root, public_key, say)
+
+    def build_alpine_ssh_key(
+        self,
+        public_key: str | None = None,
+        name: str = "alpine",
+        rootfs_size_mb: int = _ALPINE_MB,
+        *,
+        release: str = alpine.DEFAULT_RELEASE,
+        mirror: str | None = None,
+    ) -> tuple[Path, Path]:
+        """An Alpine with apk and OpenRC (built if need be, with Alpine's own apk).
+
+        ``release``: ``"3.23"``, say. ``mirror``: the URL of the mirror to take it from (http, https
+        or file); None: ``SMOLVM_ALPINE_MIRROR``, or Alpine's own. What comes from there is checked
+        by Alpine's keys, which this library has; ``SMOLVM_ALPINE_KEYS`` names a folder of others.
+        The other arguments, what is returned and what is raised are those of
+        ``build_micro_ssh_key``; ``rootfs_size_mb`` is 64 or more.
+        """
+        alpine_root.check_release(release)
+        _check_size(rootfs_size_mb, _SMALLEST_ALPINE_MB)
+        architecture = host_architecture()
+        source = alpine.mirror_of(mirror)
+
+        def make_root(image: Path, work: Path) -> None:
+            packages = AlpinePackages(self.cache_dir / "alpine", source, release, architecture, say)
+            tar = work / "alpine.tar"
+            alpine_root.make_alpine_tar(packages, architecture, work, tar, say)
+            rootfs.make_image(tar, image, work, rootfs_size_mb, say)
+
+        recipe = alpine_root.recipe(release, rootfs_size_mb)
+        root = _Root(
+            name,
+            architecture,
+            f"Alpine {release}",
+            recipe,
+            make_root,
+            source,
+            space_bytes=_ALPINE_BYTES,
+        )
+        with self._building(name) as say:
+            return self._import(root, public_key, say)
+
+    def from_rootfs(
+        self,
+        source: Path | str,
+        kernel: Path | str | None = None,
+        *,
+        name: str | None = None,
+        rootfs_size_mb: int | None = None,
+        public_key: str | None = None,
+        arch: str | None = None,
+    ) -> tuple[Path, Path]:
+        """An image of a root file system that knows nothing of this project.
+
+        ``source``: a directory; a tar archive, compressed or not (``docker export``); an ext4
+        disk, raw or qcow2, partitioned or not. It is not changed, and what is made of it boots to
+        SSH, whatever its C library. ``kernel``: the kernel to boot; None: the root disk's own, if
+        one lies in its /boot with its modules, else that of the image ``micro``.
+        ``rootfs_size_mb``: the root disk's size in MiB; None: twice what it is to hold, 1024 at the
+        least, or the size that the disk has. ``name`` (default: made of the file's) and
+        ``public_key`` are as for ``build_micro_ssh_key``, as is what is returned and raised.
+        ``arch``: the processor that it is for; None: this host's.
+
+        Made once for the same contents; of a directory, what counts is the names, sizes and times
+        of what is in it.
+        """
+        path = Path(source).expanduser().absolute()
+        kernel_path = Path(kernel).expanduser().absolute() if kernel else None
+        architecture = _check_architecture(arch)
+        if rootfs_size_mb is not None:
+            _check_size(rootfs_size_mb, _SMALLEST_ROOTFS_MB)
+        for what, given in (("root file system", path), ("kernel", kernel_path)):
+            if given is not None and not given.exists():
+                raise ImageError(
+                    f"the {what} {given} does not exist: give the path of one", {"path": str(given)}
+                )
+        made_name = name or _name_of(path)
+
+        def make_root(image: Path, work: Path) -> None:
+            rootfs.make_image(path, image, work, rootfs_size_mb, say)
+
+        with self._building(made_name) as say:
+            recipe = self._rootfs_recipe(path, kernel_path, rootfs_size_mb)
+            root = _Root(made_name, architecture, str(path), recipe, make_root, kernel=kernel_path)
+            return self._import(root, public_key, say)
+
+    # -- within -----------------------------------------------------------------
+
+    def _rootfs_recipe(
+        self, source: Path, kernel: Path | None, size_mb: int | None
+    ) -> dict[str, object]:
+        memory = Store(self._state).cache
+        return {
+            "rootfs": _contents(source, memory),
+            "kernel": fingerprint(kernel, memory) if kernel else None,
+            "size_mb": size_mb,
+        }
+
+    def _import(self, root: _Root, public_key: str | None, say: Progress) -> tuple[Path, Path]:
+        key = self._public_key(public_key)
+        recipe = with_companion(root.recipe, root.architecture, public_key)
+        if imported := self._find_imported(root.name, recipe):
+            return imported
+
+        def get(tools: ToolSource) -> tuple[Path, Path]:
+            def build(target: Path, work: Path) -> None:
+                check_space(work, root.space_bytes, f"building the image {root.name!r}")
+                importing.build_image(
+                    root.name,
+                    root.make,
+                    tools,
+                    root.architecture,
+                    key,
+                    root.kernel,
+                    target,
+                    work,
+                    say,
+                )
+
+            inputs = {
+                **recipe,
+                "mirror": root.mirror,
+                "packages": tools.inputs(),
+                "public_key": key,
+            }
+            facts = facts_of(root.name, root.architecture, root.origin, recipe)
+            return self._get(root.name, inputs, facts, build, say)
+
+        return self._with_tools(root.architecture, say, get)
+
+    def _with_tools(
+        self,
+        architecture: str,
+        say: Progress,
+        get: Callable[[ToolSource], tuple[Path, Path]],
+    ) -> tuple[Path, Path]:
+        """What ``get`` makes with the tools; once more with newer ones if those cannot be had."""
+        tools = tools_for(self.cache_dir, architecture, say)
+        try:
+            return get(tools)
+        except StalePackagesError:
+            if not tools.refresh():
+                raise
+            return get(tools_for(self.cache_dir, architecture, say))
+
+    def _get(
+        self,
+        name: str,
+        inputs: Mapping[str, object],
+        facts: ImageFacts,
+        build: Callable[[Path, Path], None],
+        say: Progress,
+    ) -> tuple[Path, Path]:
+        if not self._make_missing and self._cache.find(name, inputs) is None:
+            raise ImageError(f"the image {name!r} has not been built", {"name": name})
+        return paths_in(self._cache.get(name, inputs, facts, build, say))
+
+    def _find_imported(self, name: str, recipe: Mapping[str, object]) -> tuple[Path, Path] | None:
+        found = self._cache.find_imported(name, recipe)
+        return paths_in(found) if found is not None else None
+
+    def _public_key(self, given: str | None) -> str:
+        try:
+            if given is not None:
+                return check_public_key(given)
+            return library_key_pair(Store(self._state)).public_key
+        except ValueError as error:
+            raise ImageError(str(error)) from None
+
+    @contextmanager
+    def _building(self, name: str) -> Iterator[Progress]:
+        """Errors name the image; what is said does, too, and how long it has taken so far."""
+        if not NAME.fullmatch(name):
             raise ImageError(
                 f"{name!r} is no name for an image: use lowercase letters, digits, dots, hyphens "
                 "and underscores, such as 'my-micro'"
             )
-        if not _SMALLEST_ROOTFS_MB <= rootfs_size_mb <= _LARGEST_ROOTFS_MB:
-            raise ImageError(
-                f"rootfs_size_mb={rootfs_size_mb} is out of range: give {_SMALLEST_ROOTFS_MB} to "
-                f"{_LARGEST_ROOTFS_MB} MiB"
-            )
-        try:
-            key = (
-                library_key_pair(Store(self._state)).public_key
-                if public_key is None
-                else check_public_key(public_key)
-            )
-        except ValueError as error:
-            raise ImageError(str(error)) from None
         started = time.monotonic()
 
-        def progress(message: str) -> None:
+        def say(message: str) -> None:
             self._progress(f"image {name}: {message} [{time.monotonic() - started:.1f} s]")
 
         try:
-            recipe = MicroRecipe(self.cache_dir / "debian", key, rootfs_size_mb, progress)
-            digest = hashlib.sha256(
-                json.dumps([name, recipe.inputs()], sort_keys=True).encode()
-            ).hexdigest()
-            target = self.cache_dir / f"{name}-{digest[:16]}"
-            if not target.is_dir():
-                self._build_once(recipe, target, name, progress)
+            yield say
         except ToolError as error:
             raise ImageError(f"the image {name!r} cannot be built: {error.message}") from error
         except OSError as error:
             raise ImageError(
                 f"the image {name!r} cannot be built in {self.cache_dir}: {error}"
             ) from error
-        return target / "vmlinux", target / "rootfs.ext4"
-
-    def _build_once(self, recipe: MicroRecipe, target: Path, name: str, progress: Progress) -> None:
-        with locked(
-            self.cache_dir / f"{target.name}.lock",
-            operation="waiting for another process to build an image",
-            timeout_s=_BUILD_TIMEOUT_S,
-            on_wait=lambda: progress("another process is building it: waiting"),
-        ):
-            if target.is_dir():
-                return
-            prefix = f".{target.name}."
-            for leftover in self.cache_dir.glob(f"{prefix}*"):
-                _remove_leftover(leftover)
-            with tempfile.TemporaryDirectory(dir=self.cache_dir, prefix=prefix) as scratch:
-                whole, work = Path(scratch, "image"), Path(scratch, "work")
-                whole.mkdir()
-                work.mkdir()
-                recipe.build(whole, work, name)
-                for path in whole.iterdir():
-                    _sync(path)
-                # A directory appears under its name complete, or not at all.
-                whole.replace(target)
-            progress("ready")
 
 
-def _remove_leftover(folder: Path) -> None:
-    """Remove what a build that was killed had made; its tools may still be writing there."""
-    deadline = Deadline(_LEFTOVER_TIMEOUT_S)
-    while True:
-        try:
-            shutil.rmtree(folder)
-            return
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            if deadline.passed():
-                # In nobody's way: the next build tries again.
-                logger.warning("%s is left of a build that was killed: %s", folder, error)
-                return
-        time.sleep(_LEFTOVER_PAUSE_S)
+def paths_in(image: Path) -> tuple[Path, Path]:
+    """Kernel and root disk in the directory of an image."""
+    layered = image / LAYERED_ROOTFS
+    return image / "vmlinux", layered if layered.exists() else image / ROOTFS
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def with_companion(
+    root: Mapping[str, object], architecture: str, public_key: str | None
+) -> dict[str, object]:
+    """What is asked for: a root file system, what is added to it, and for whom."""
+    return {**root, **importing.recipe(architecture), "public_key": public_key}
+
+
+def _check_architecture(given: str | None) -> str:
+    name = given or host_architecture()
+    if name not in ARCHITECTURES:
+        raise ImageError(f"arch={name!r} is not valid: use one of {', '.join(ARCHITECTURES)}")
+    return name
+
+
+def _check_size(size_mb: int, smallest: int) -> None:
+    if not smallest <= size_mb <= _LARGEST_ROOTFS_MB:
+        raise ImageError(
+            f"rootfs_size_mb={size_mb} is out of range: give {smallest} to {_LARGEST_ROOTFS_MB} MiB"
+        )
+
+
+def _name_of(path: Path) -> str:
+    """A name for the image of a file: its own, without what it ends in."""
+    stem = re.sub(r"\.(tar(\.\w+)?|tgz|qcow2|ext4|img|raw)$", "", path.name.lower())
+    return re.sub(r"[^a-z0-9._-]+", "-", stem).strip("._-")[:64].strip("._-") or "imported"
+
+
+def _contents(path: Path, memory: Path) -> str:
+    """Changes whenever what is imported does."""
+    if not path.is_dir():
+        return fingerprint(path, memory)
+    digest = hashlib.sha256()
+    for folder, folders, files in os.walk(path):
+        folders.sort()
+        for name in sorted(folders + files):
+            entry = Path(folder, name)
+            facts = entry.lstat()
+            digest.update(
+                f"{entry.relative_to(path)}\0{facts.st_mode}\0{facts.st_uid}\0{facts.st_gid}"
+                f"\0{facts.st_size}\0{facts.st_mtime_ns}\0".encode("utf-8", "surrogateescape")
+            )
+    return digest.hexdigest()

@@ -34,6 +34,10 @@ def character_device(name: str, major: int, minor: int, mode: int = 0o600) -> En
     return Entry(name, stat.S_IFCHR | mode, device=(major, minor))
 
 
+def symlink(name: str, target: str) -> Entry:
+    return Entry(name, stat.S_IFLNK | 0o777, target.encode())
+
+
 def archive(entries: list[Entry]) -> bytes:
     """The archive, uncompressed: unpacking costs an emulated guest more than reading."""
     out = io.BytesIO()

@@ -13,11 +13,13 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_smolvm.errors import ImageError
+from pytest_smolvm.images.cache import Progress, StalePackagesError
+from pytest_smolvm.limits import host_architecture
 from pytest_smolvm.process import ToolError, find_tool, run_tool
 from pytest_smolvm.statedir import make_private_dir, read_json, write_json
 
@@ -26,7 +28,8 @@ _HOST_SOURCES = Path("/etc/apt")
 _APT_TIMEOUT_S = 900
 _FORMAT = 2  # raised whenever the same lists would be understood otherwise
 
-Progress = Callable[[str], None]
+DEBIAN_NAMES = {"x86_64": "amd64", "aarch64": "arm64"}
+"""Debian's names for architectures, by the kernel's."""
 
 
 @dataclass(frozen=True, order=True)
@@ -40,10 +43,16 @@ class Package:
 
 
 class DebianPackages:
-    """Packages of the host's own Debian release, kept in ``cache``."""
+    """Packages of the host's own Debian release, kept in ``cache``.
 
-    def __init__(self, cache: Path, progress: Progress) -> None:
-        self._cache = make_private_dir(cache)
+    ``architecture``: whose packages, as the kernel calls it; those of another than the host's
+    are looked up in package lists of our own.
+    """
+
+    def __init__(self, cache: Path, progress: Progress, architecture: str = "x86_64") -> None:
+        self._architecture = DEBIAN_NAMES[architecture]
+        self._is_foreign = architecture != host_architecture()
+        self._cache = make_private_dir(cache / architecture if self._is_foreign else cache)
         self._progress = progress
         self._apt_get = find_tool("apt-get", "apt")
         self._apt_cache = find_tool("apt-cache", "apt")
@@ -84,11 +93,17 @@ class DebianPackages:
             try:
                 self._download(missing)
             except ToolError as error:
-                raise ImageError(
+                raise StalePackagesError(
                     "Debian packages could not be downloaded; is the network up, and are the "
                     f"package lists fresh (apt-get update)?\n{error.message}"
                 ) from error
         return [self._cache / "archives" / p.file_name for p in packages]
+
+    def refresh(self) -> bool:
+        """Fetch the package lists anew, if they are our own; False: they are the host's."""
+        if self._own_lists:
+            self._update_lists()
+        return self._own_lists
 
     def unpack(self, archive: Path, target: Path) -> None:
         """Unpack one package's files (no maintainer scripts) into ``target``."""
@@ -96,18 +111,21 @@ class DebianPackages:
         run_tool([self._dpkg_deb, "-x", str(archive), str(target)], timeout_s=300)
 
     def _settle_lists(self) -> None:
-        if any(_HOST_LISTS.glob("*_Packages*")):
+        if any(_HOST_LISTS.glob("*_Packages*")) and not self._is_foreign:
             return
         self._own_lists = True
         if not any((self._cache / "lists").glob("*_Packages*")):
-            self._progress("fetching Debian's package lists (this host has none)")
-            try:
-                self._run(self._apt_get, "-qq", "update")
-            except ToolError as error:
-                raise ImageError(
-                    f"Debian's package lists could not be fetched; is the network up?\n"
-                    f"{error.message}"
-                ) from error
+            of = f" for {self._architecture}" if self._is_foreign else ""
+            self._progress(f"fetching Debian's package lists{of} (this host has none)")
+            self._update_lists()
+
+    def _update_lists(self) -> None:
+        try:
+            self._run(self._apt_get, "-qq", "update")
+        except ToolError as error:
+            raise ImageError(
+                f"Debian's package lists could not be fetched; is the network up?\n{error.message}"
+            ) from error
 
     def _resolve(self, packages: list[str], kernels: list[str]) -> list[Package]:
         try:
@@ -170,6 +188,8 @@ class DebianPackages:
             # Root would otherwise download as a user that cannot write to our folder.
             "APT::Sandbox::User": "root",
             "Debug::NoLocking": "1",
+            "APT::Architecture": self._architecture,
+            "APT::Architectures": self._architecture,
         }
         if self._own_lists:
             options["Dir::State::lists"] = str(self._cache / "lists")

@@ -6,6 +6,13 @@ from collections.abc import Iterable
 
 from pytest_smolvm.usernet import GATEWAY, GUEST_ADDRESS, NAME_SERVER, PREFIX_LENGTH
 
+_SSH_OPTIONS = "-s -W 262144 -r /etc/dropbear/dropbear_ed25519_host_key"
+
+COMPANION = "/run/smolvm"
+"""Where an imported guest has what it gets from us."""
+
+_SSH_OPTIONS_OF_COMPANION = f"-s -W 262144 -r {COMPANION}/host_key"
+
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -54,6 +61,13 @@ mount -t "$type" -o "$flags" "$root" /root-disk 2> /dev/null ||
     mount -t "$type" -o ro "$root" /root-disk 2> /dev/null ||
     mount -t "$type" -o ro,noload "$root" /root-disk ||
     give_up "the root disk $root cannot be mounted as $type"
+if [ "$init" = /init ] && [ -d /smolvm ]; then
+    # The root disk knows nothing of us: what it lacks is put where nothing stays.
+    mkdir -p /root-disk/run
+    mount -t tmpfs -o mode=0755 tmpfs /root-disk/run || give_up "the root disk has no folder /run"
+    cp -a /smolvm /root-disk{COMPANION}
+    init={COMPANION}/init
+fi
 [ -x "/root-disk$init" ] || give_up "the root disk has no program $init to start"
 mount --move /dev /root-disk/dev
 mount --move /proc /root-disk/proc
@@ -98,7 +112,6 @@ ip route add default via {GATEWAY}
 exec /bin/busybox init
 """
 
-_SSH_OPTIONS = "-s -W 262144 -r /etc/dropbear/dropbear_ed25519_host_key"
 
 MICRO_INITTAB = f"""# SSH is how the host reaches this guest: no passwords, one known host key.
 ::respawn:/usr/sbin/dropbear -F -E -p 22 {_SSH_OPTIONS}
@@ -106,6 +119,107 @@ MICRO_INITTAB = f"""# SSH is how the host reaches this guest: no passwords, one 
 ::shutdown:/bin/sync
 ::shutdown:/bin/umount -a -r
 """
+
+_SHUTDOWN_GRACE_US = 300_000
+
+COMPANION_INIT = f"""#!{COMPANION}/busybox sh
+# The first process of an imported guest: mounts, network, an SSH server that is kept running.
+# Of the distribution's own files none is changed, but for root's authorized keys.
+here={COMPANION}
+export PATH={PATH}:$here/bin
+[ -e /proc/self ] || mount -t proc proc /proc
+[ -c /dev/null ] || mount -t devtmpfs dev /dev
+[ -e /sys/kernel ] || mount -t sysfs sys /sys
+mkdir -p /dev/pts /dev/shm
+mount -t devpts -o mode=0620,ptmxmode=0666 devpts /dev/pts
+mount -t tmpfs -o mode=1777 tmpfs /dev/shm
+mount -t cgroup2 cgroup2 /sys/fs/cgroup 2> /dev/null
+while IFS=: read -r name _ _ _ _ home _; do
+    [ "$name" != root ] || break
+done < /etc/passwd
+home="${{home:-/root}}"
+while read -r device where type options rest; do
+    case "$where $options" in
+        # A root disk that is shared with other VMs cannot be written to; these
+        # few places must be.
+        "/ ro"|"/ ro,"*)
+            for folder in /tmp /var/tmp "$home" /etc/profile.d; do
+                [ ! -d "$folder" ] || mount -t tmpfs -o mode=0755 tmpfs "$folder"
+            done
+            chmod 1777 /tmp /var/tmp 2> /dev/null
+            ;;
+    esac
+done < /proc/mounts
+# The VM's id, if the kernel was given it.
+read -r name < /proc/sys/kernel/hostname
+[ "$name" != "(none)" ] || [ ! -r /etc/hostname ] || hostname -F /etc/hostname
+if [ -w /etc/machine-id ]; then
+    id=
+    read -r id < /etc/machine-id
+    case "$id" in
+        ""|uninitialized)
+            read -r id < /proc/sys/kernel/random/uuid
+            echo "${{id//-/}}" > /etc/machine-id
+            ;;
+    esac
+fi
+ip link set lo up
+ip addr add {GUEST_ADDRESS}/{PREFIX_LENGTH} dev eth0
+ip link set eth0 up
+ip route add default via {GATEWAY}
+if [ -e /etc/resolv.conf ]; then
+    mount --bind $here/resolv.conf /etc/resolv.conf
+else
+    cp $here/resolv.conf /etc/resolv.conf
+fi
+read -r key < $here/authorized_keys
+if ! grep -qF "$key" "$home/.ssh/authorized_keys" 2> /dev/null; then
+    mkdir -p "$home/.ssh" && chmod 700 "$home/.ssh"
+    cat $here/authorized_keys >> "$home/.ssh/authorized_keys"
+    chmod 600 "$home/.ssh/authorized_keys"
+fi
+# What init(8) does when it is told to end the system, for whoever runs poweroff or reboot.
+end() {{
+    trap "" TERM INT USR1 USR2
+    usleep {_SHUTDOWN_GRACE_US} # whoever asked for it is to hear that it was done
+    kill -TERM -1
+    usleep {_SHUTDOWN_GRACE_US}
+    kill -KILL -1
+    sync
+    umount -a -r 2> /dev/null
+    mount -o remount,ro / 2> /dev/null
+    $here/busybox "$1" -f
+}}
+trap "end poweroff" USR2
+trap "end halt" USR1
+trap "end reboot" TERM INT
+while :; do
+    LD_LIBRARY_PATH=$here/lib $here/dropbear -F -E -p 22 {_SSH_OPTIONS_OF_COMPANION} &
+    server=$!
+    while kill -0 $server 2> /dev/null; do
+        wait $server
+    done
+    sleep 1 # one that cannot start is not tried all the time
+done
+"""
+
+COMPANION_SSH_ON_PORT = f"""#!{COMPANION}/busybox sh
+export LD_LIBRARY_PATH={COMPANION}/lib
+exec {COMPANION}/dropbear -i {_SSH_OPTIONS_OF_COMPANION}
+"""
+
+COMPANION_APPLETS = [
+    *("sh", "cat", "chmod", "cp", "grep", "hostname", "ip", "kill", "mkdir", "mount", "mv", "rm"),
+    *("setsid", "sleep", "stat", "sync", "tar", "umount", "usleep"),
+]
+"""What the host may ask of a guest whose distribution lacks it."""
+
+COMPANION_SCRIPTS = {
+    name: f"#!{COMPANION}/busybox sh\nexec {COMPANION}/busybox kill -{signal} 1\n"
+    for name, signal in {"poweroff": "USR2", "halt": "USR1", "reboot": "TERM"}.items()
+}
+
+RESOLV_CONF = f"nameserver {NAME_SERVER}\n"
 
 AGENT = "usr/lib/smolvm/agent"
 SSH_ON_PORT = "usr/lib/smolvm/ssh-on-port"
@@ -131,7 +245,7 @@ MICRO_FILES = {
     # Empty means "made up at the first boot": machine-id(5).
     "etc/machine-id": "",
     "etc/hosts": "127.0.0.1 localhost\n127.0.1.1 micro\n::1 localhost\n",
-    "etc/resolv.conf": f"nameserver {NAME_SERVER}\n",
+    "etc/resolv.conf": RESOLV_CONF,
     "etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
     "etc/profile": PROFILE,
     "etc/inittab": MICRO_INITTAB,

@@ -69,6 +69,44 @@ def _decompress_lz4_legacy(payload: bytes) -> bytes:
     return b"".join(out)
 
 
+def kernel_file(path: Path, architecture: str) -> bytes:
+    """A distribution's kernel as it is booted: an ELF file on x86, an Image on arm64."""
+    data = path.read_bytes()
+    if architecture == "x86_64":
+        return extract_vmlinux(data, path.name)
+    if data[4:8] == b"zimg":
+        data = _out_of_zboot(data, path.name)
+    # The kernel's documentation, arch/arm64/booting: the magic number of an Image.
+    if data[:2] == b"\x1f\x8b":
+        data = zlib.decompress(data, wbits=31)
+    if data[0x38:0x3C] != b"ARM\x64":
+        raise ImageError(f"{path.name} is not an arm64 Image")
+    return data
+
+
+def _out_of_zboot(data: bytes, origin: str) -> bytes:
+    """The kernel in an EFI program that unpacks it, as Alpine has for arm64.
+
+    Offsets are those of drivers/firmware/efi/libstub/zboot-header.S in the kernel's source.
+    """
+    start, length = struct.unpack_from("<II", data, 8)
+    return _decompress(data[start : start + length], origin)
+
+
+def kernel_architecture(kernel: Path) -> str | None:
+    """Which guests a kernel is for, by its first bytes; None: it does not say."""
+    try:
+        with kernel.open("rb") as file:
+            head = file.read(0x210)
+    except OSError:
+        return None  # whoever boots it says what is wrong
+    if head[:4] == ELF_MAGIC:
+        return {62: "x86_64", 183: "aarch64"}.get(int.from_bytes(head[18:20], "little"))
+    if head[0x202:0x206] == b"HdrS":
+        return "x86_64"
+    return "aarch64" if head[0x38:0x3C] == b"ARM\x64" or head[:2] == b"\x1f\x8b" else None
+
+
 class ModuleTree:
     """The modules of one kernel, by name, with what each depends on."""
 

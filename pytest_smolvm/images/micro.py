@@ -1,93 +1,76 @@
 """The image ``micro``: a Debian kernel, busybox, dropbear, and nothing else.
 
-Made from packages of the host's Debian release by unpacking, without root
-rights: no chroot, no loop device, no maintainer scripts.
+Made from packages by unpacking, without root rights: no chroot, no loop device, no maintainer
+scripts.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import platform
 import shutil
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from pytest_smolvm import keys
-from pytest_smolvm.errors import ImageError
-from pytest_smolvm.images import agent, cpio, ext4, guestfiles
-from pytest_smolvm.images.debian import DebianPackages, Progress
-from pytest_smolvm.images.kernel import ModuleTree, extract_vmlinux
+from pytest_smolvm.images import agent, ext4, guestfiles
+from pytest_smolvm.images.cache import Progress
+from pytest_smolvm.images.initrd import make_initrd
+from pytest_smolvm.images.kernel import kernel_file
 from pytest_smolvm.images.manifest import HOST_KEY_IN_IMAGE, ImageManifest, write_manifest
-from pytest_smolvm.process import run_tool
+from pytest_smolvm.images.toolbox import MODULES, Toolbox, ToolSource
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever the same packages would make another image."""
-
-PACKAGES = ["busybox-static", "dropbear-bin"]
-
-# In order of preference. The cloud kernels are half the size of the generic
-# one and boot as fast; from 6.12 on they have vmgenid built in, which lets a
-# guest reseed its random pool by itself when it is restored from a snapshot.
-KERNELS = ["linux-image-6.12-cloud-amd64", "linux-image-cloud-amd64", "linux-image-amd64"]
-
-MODULES = [
-    *("virtio_pci", "virtio_blk", "ext4", "crc32c_generic"),
-    *("virtio_net", "virtio_rng", "virtio_console"),
-]
 
 _FOLDERS = [
     *("dev", "proc", "sys", "run", "tmp", "root/.ssh", "mnt", "home"),
     *("etc/dropbear", "etc/profile.d", "etc/smolvm", "var/log", "var/tmp"),
-    *("usr/bin", "usr/sbin", "usr/lib/smolvm", "usr/lib64", "usr/local/bin", "usr/local/sbin"),
+    *("usr/bin", "usr/lib/smolvm", "usr/lib64", "usr/local/bin", "usr/local/sbin"),
 ]
+
+
+def recipe(architecture: str, size_mb: int) -> dict[str, object]:
+    """What is asked for, as JSON: all that decides what it will be but packages and key."""
+    return {
+        "recipe": "micro",
+        "format": FORMAT,
+        "architecture": architecture,
+        "size_mb": size_mb,
+        "files": [
+            *(guestfiles.initrd_init(MODULES), guestfiles.MICRO_INIT),
+            guestfiles.MICRO_SSH_ON_PORT,
+        ],
+        "agent": hashlib.sha256(agent.binary(architecture)).hexdigest(),
+        "more_files": guestfiles.MICRO_FILES,
+    }
 
 
 class MicroRecipe:
     """How ``micro`` is made, and from what: the two halves of its cache key."""
 
-    def __init__(self, downloads: Path, public_key: str, size_mb: int, progress: Progress):
-        if platform.machine() != "x86_64":
-            raise ImageError(
-                f"the image 'micro' cannot be built on {platform.machine()} yet: give a kernel "
-                "and a root disk by path"
-            )
-        self._progress = progress
+    def __init__(self, tools: ToolSource, architecture: str, public_key: str, size_mb: int) -> None:
+        self._tools = tools
+        self._architecture = architecture
         self._public_key = public_key
         self._size_mb = size_mb
-        self._debian = DebianPackages(downloads, progress)
-        self.packages = self._debian.resolve(PACKAGES, KERNELS)
 
     def inputs(self) -> dict[str, object]:
         """All that decides what the image will be, as JSON."""
         return {
-            "recipe": "micro",
-            "format": FORMAT,
-            "packages": [[p.name, p.version] for p in self.packages],
+            **recipe(self._architecture, self._size_mb),
+            "packages": self._tools.inputs(),
             "public_key": self._public_key,
-            "size_mb": self._size_mb,
-            "files": [
-                *(guestfiles.initrd_init(MODULES), guestfiles.MICRO_INIT),
-                guestfiles.MICRO_SSH_ON_PORT,
-            ],
-            "agent": hashlib.sha256(agent.binary()).hexdigest(),
-            "more_files": guestfiles.MICRO_FILES,
         }
 
-    def build(self, target: Path, work: Path, name: str) -> None:
+    def build(self, target: Path, work: Path, name: str, say: Progress) -> None:
         """Make ``vmlinux``, ``vmlinux.initrd``, ``rootfs.ext4`` and its manifest in ``target``."""
-        archives = self._debian.download(self.packages)
-        self._progress("unpacking the kernel")
-        kernel_tree, tree = work / "kernel", work / "packages"
-        for package, archive in zip(self.packages, archives, strict=True):
-            is_kernel = package.name.startswith("linux-image-")
-            self._debian.unpack(archive, kernel_tree if is_kernel else tree)
-        busybox = _find(tree, "bin/busybox")
-        self._make_kernel(kernel_tree, busybox, target)
-        self._progress("making the root disk")
+        toolbox = self._tools.unpack(work)
+        (target / "vmlinux").write_bytes(kernel_file(toolbox.kernel_image(), self._architecture))
+        (target / "vmlinux.initrd").write_bytes(make_initrd(toolbox, toolbox.modules()))
+        say("making the root disk")
         host_key = Ed25519PrivateKey.generate()
-        root = self._make_tree(tree, busybox, host_key, work / "root")
+        root = self._make_tree(toolbox, host_key, work / "root")
         rootfs = target / "rootfs.ext4"
         ext4.make_ext4(root, rootfs, self._size_mb)
         write_manifest(
@@ -96,53 +79,38 @@ class MicroRecipe:
                 name=name,
                 host_key=keys.public_openssh(host_key),
                 authorized_keys=[self._public_key],
-                packages={p.name: p.version for p in self.packages},
-                agent=f"/{guestfiles.AGENT}",
+                packages=toolbox.versions,
+                agent=f"/{guestfiles.AGENT}" if toolbox.can_restore() else "",
                 reads_boot_id=False,
             ),
         )
 
-    @staticmethod
-    def _make_kernel(tree: Path, busybox: Path, target: Path) -> None:
-        bzimage = next((tree / "boot").glob("vmlinuz-*"), None)
-        if bzimage is None:
-            raise ImageError(f"no /boot/vmlinuz-* in the kernel package under {tree}")
-        (target / "vmlinux").write_bytes(extract_vmlinux(bzimage.read_bytes(), bzimage.name))
-        modules = ModuleTree(tree).load_order(MODULES)
-        entries = [cpio.directory(n) for n in ("bin", "dev", "proc", "modules", "root-disk")]
-        entries += [
-            cpio.character_device("dev/console", 5, 1),
-            cpio.file("bin/busybox", busybox.read_bytes(), 0o755),
-            cpio.file("init", guestfiles.initrd_init(n for n, _ in modules).encode(), 0o755),
-        ]
-        entries += [cpio.file(f"modules/{n}.ko", data) for n, data in modules]
-        (target / "vmlinux.initrd").write_bytes(cpio.archive(entries))
-
-    def _make_tree(
-        self, packages: Path, busybox: Path, host_key: Ed25519PrivateKey, root: Path
-    ) -> Path:
+    def _make_tree(self, toolbox: Toolbox, host_key: Ed25519PrivateKey, root: Path) -> Path:
         for name in _FOLDERS:
             (root / name).mkdir(parents=True, exist_ok=True)
+        # All programs lie in one folder, whatever the path that somebody knows them by.
+        (root / "usr/sbin").symlink_to("bin")
         for name in ("bin", "sbin", "lib", "lib64"):
             (root / name).symlink_to(f"usr/{name}")
-        shutil.copy(busybox, root / "usr/bin/busybox")
-        shutil.copy(_find(packages, "sbin/dropbear"), root / "usr/sbin/dropbear")
-        _copy_libraries(packages, root)
-        for applet in run_tool([str(busybox), "--list-full"], timeout_s=30).split():
-            link = root / "usr" / applet.removeprefix("usr/")
-            if not os.path.lexists(link) and link.name not in ("busybox", "init", "linuxrc"):
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to("/bin/busybox")
+        shutil.copy(toolbox.busybox, root / "usr/bin/busybox")
+        shutil.copy(toolbox.ssh_server, root / "usr/bin/dropbear")
+        for path, source in toolbox.libraries().items():
+            library = root / "usr" / path
+            library.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, library)
+        for applet in toolbox.applets:
+            if applet not in ("busybox", "init", "linuxrc"):
+                (root / "usr/bin" / applet).symlink_to("busybox")
         for name, text in guestfiles.MICRO_FILES.items():
             (root / name).write_text(text)
         for name, program in {
             "init": guestfiles.MICRO_INIT.encode(),
-            guestfiles.AGENT: agent.binary(),
+            guestfiles.AGENT: agent.binary(self._architecture),
             guestfiles.SSH_ON_PORT: guestfiles.MICRO_SSH_ON_PORT.encode(),
         }.items():
             (root / name).write_bytes(program)
             (root / name).chmod(0o755)
-        (root / "usr/sbin/init").symlink_to("/init")
+        (root / "usr/bin/init").symlink_to("/init")
         (root / HOST_KEY_IN_IMAGE.lstrip("/")).write_text(keys.public_openssh(host_key) + "\n")
         private = root / "etc/dropbear/dropbear_ed25519_host_key"
         private.write_bytes(keys.private_dropbear(host_key))
@@ -158,22 +126,3 @@ class MicroRecipe:
         }.items():
             (root / name).chmod(mode)
         return root
-
-
-def _find(tree: Path, name: str) -> Path:
-    """A file of a package, which may or may not have moved under /usr (Debian 13 did)."""
-    for candidate in (tree / name, tree / "usr" / name):
-        if candidate.is_file():
-            return candidate
-    raise ImageError(f"the packages hold no {name}")
-
-
-def _copy_libraries(packages: Path, root: Path) -> None:
-    """Every shared library of the packages: guests run more than the SSH server."""
-    for prefix in ("", "usr/"):
-        for pattern in ("lib/*-linux-gnu*/*.so*", "lib64/*.so*"):
-            for path in packages.glob(prefix + pattern):
-                if path.is_file():
-                    target = root / "usr" / path.relative_to(packages / prefix)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy(path, target)

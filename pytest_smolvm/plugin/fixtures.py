@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_smolvm.plugin.progress import show_progress
+from pytest_smolvm.images.projects import find_project
+from pytest_smolvm.plugin.progress import show_progress, shown_live
 from pytest_smolvm.plugin.session import existing_fleet, fleet_of
 from pytest_smolvm.plugin.settings import settings_of
 from pytest_smolvm.plugin.summary import wants_vm_of_its_own
@@ -20,15 +21,22 @@ from pytest_smolvm.plugin.wanted import (
 )
 
 if TYPE_CHECKING:
-    from pytest_smolvm import ImageBuilder, SmolVM, VMConfig
+    from pytest_smolvm import ImageBuilder, ImageError, SmolVM, VMConfig
+
+_failed_images = pytest.StashKey[dict[str, "ImageError"]]()
+"""Why images could not be built in this run, by name and architecture."""
 
 
 @pytest.fixture(scope="session")
 def smolvm_images(pytestconfig: pytest.Config) -> ImageBuilder:
     """The ImageBuilder that makes the images of this run, and shows its progress."""
-    from pytest_smolvm.images.builder import ImageBuilder
+    from pytest_smolvm.image_builder import ImageBuilder
 
-    return ImageBuilder(progress=lambda line: show_progress(pytestconfig, line))
+    return ImageBuilder(
+        progress=lambda line: show_progress(pytestconfig, line),
+        project=find_project(pytestconfig.rootpath),
+        on_output=shown_live(pytestconfig),
+    )
 
 
 @pytest.fixture
@@ -55,7 +63,8 @@ def smolvm_factory(
 
     def make(**overrides: Any) -> SmolVM:
         base = {**smolvm_config.model_dump(), "vm_id": generate_vm_id()}
-        if "image" in overrides:
+        other_image = "image" in overrides or "arch" in overrides
+        if other_image:
             for name in ("kernel_path", "rootfs_path", "initrd_path"):
                 base.pop(name)
         try:
@@ -63,8 +72,9 @@ def smolvm_factory(
         except WrongMarkerError as error:
             raise SmolVMError(str(error)) from None
         fields = {**base, **{key: wanted.config_fields[key] for key in overrides if key in base}}
-        if "image" in overrides:
-            fields["kernel_path"], fields["rootfs_path"] = smolvm_images.build(wanted.image)
+        if other_image:
+            image = smolvm_images.build(wanted.image, arch=wanted.arch)
+            fields["kernel_path"], fields["rootfs_path"] = image
             fields |= {key: overrides[key] for key in overrides if key.endswith("_path")}
         config = VMConfig.model_validate(fields)
         return fleet_of(request.config).lease(request.node, config, wanted, shared=False)
@@ -94,7 +104,7 @@ def config_of(wanted: Wanted, images: ImageBuilder) -> VMConfig:
 
     fields = {"boot_args": SSH_BOOT_ARGS, **wanted.config_fields}
     if "kernel_path" not in fields or "rootfs_path" not in fields:
-        kernel, rootfs = images.build(wanted.image)
+        kernel, rootfs = images.build(wanted.image, arch=wanted.arch)
         fields = {"kernel_path": kernel, "rootfs_path": rootfs, **fields}
     return VMConfig(**fields)
 
@@ -124,10 +134,17 @@ def _configure(
     from pydantic import ValidationError
 
     from pytest_smolvm.config import VMConfig
-    from pytest_smolvm.errors import SmolVMError
+    from pytest_smolvm.errors import ImageError, SmolVMError
 
+    failed = config.stash.setdefault(_failed_images, {})
+    image = f"{wanted.image} {wanted.arch}"
+    if image in failed:
+        raise failed[image]  # trying again, for each test, would fail again
     try:
         made = _with_id_of_ready(config_of(wanted, images), item, wanted)
+    except ImageError as error:
+        failed[image] = error
+        raise
     except ValidationError as error:
         problem = f"the VM of this test is not valid:\n{error}"
     else:

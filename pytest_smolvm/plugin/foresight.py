@@ -10,7 +10,8 @@ import pytest
 
 from pytest_smolvm.config import VMConfig
 from pytest_smolvm.errors import SmolVMError
-from pytest_smolvm.images.builder import ImageBuilder
+from pytest_smolvm.image_builder import ImageBuilder
+from pytest_smolvm.images.projects import find_project
 from pytest_smolvm.plugin import fixtures
 from pytest_smolvm.plugin.preparation import preparation_of
 from pytest_smolvm.plugin.settings import settings_of
@@ -88,7 +89,9 @@ class Foresight:
         if changed or not ours:
             return None
         try:
-            return fixtures.config_of(wanted, ImageBuilder(progress=lambda _line: None))
+            # An image is built for the test that wants it, and with its lines on the screen.
+            images = ImageBuilder(project=find_project(self._config.rootpath), make_missing=False)
+            return fixtures.config_of(wanted, images)
         except (ValueError, TypeError, SmolVMError, OSError):
             return None  # that test's own error
 
@@ -116,7 +119,7 @@ def _upcoming(item: pytest.Item, nextitem: pytest.Item | None) -> list[pytest.It
 
 
 def _kind(item: pytest.Item, wanted: Wanted) -> str:
-    facts = [wanted.config_fields, wanted.image, wanted.accel, wanted.restore]
+    facts = [wanted.config_fields, wanted.image, wanted.arch, wanted.accel, wanted.restore]
     preparation, problem = preparation_of(wanted)
     made_by = [id(definition) for definition in _definitions(item)]
     parameters = getattr(getattr(item, "callspec", None), "params", {})

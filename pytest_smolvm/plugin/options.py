@@ -15,6 +15,7 @@ import pytest
 
 from pytest_smolvm.limits import (
     ACCELERATORS,
+    ARCHITECTURES,
     BACKENDS,
     DEFAULT_IMAGE,
     DEFAULT_MEM_SIZE_MIB,
@@ -122,12 +123,17 @@ OPTIONS = (
     ),
     Option(
         "image",
-        "the image that VMs boot from",
+        f"the image that VMs boot from: {', '.join(IMAGES)}, or one of the project's own",
         DEFAULT_IMAGE,
         ini="smolvm_image",
         flag="--smolvm-image",
         metavar="NAME",
-        choices=IMAGES,
+    ),
+    Option(
+        "arch",
+        "the processor that the image is for",
+        "this host's",
+        choices=ARCHITECTURES,
     ),
     Option(
         "kernel_path",

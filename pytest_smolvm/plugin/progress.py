@@ -6,9 +6,11 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
+
+from pytest_smolvm.terminal import harmless
 
 SILENT_S = 2.0
 
@@ -36,6 +38,21 @@ def show_progress(config: pytest.Config, line: str) -> None:
         else:
             who = f"[{worker}] " if worker else ""
             print(f"{who}smolvm: {line}", file=sys.__stderr__, flush=True)
+
+
+def shown_live(config: pytest.Config) -> Callable[[bytes], object]:
+    """What a command prints in a guest, taken as it comes; with -v its lines are shown."""
+    if verbosity_of(config) < 1:
+        return bytes
+    rest = b""
+
+    def take(data: bytes) -> None:
+        nonlocal rest
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            show_progress(config, f"| {harmless(line.decode(errors='replace'))}")
+
+    return take
 
 
 @contextlib.contextmanager

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
-from pytest_smolvm.limits import DEFAULT_IMAGE
+from pytest_smolvm.errors import ImageError
+from pytest_smolvm.images.projects import find_project, recipe_tables
+from pytest_smolvm.limits import DEFAULT_IMAGE, IMAGES
 from pytest_smolvm.plugin.options import OPTIONS, Option
 
 _MARKER_LINE = (
     "smolvm(**kwargs): change the VM that the test gets: any field of VMConfig "
-    "(vcpu_count, mem_size_mib, env_vars, ...), image, scope, retain, restore, prepare, "
+    "(vcpu_count, mem_size_mib, env_vars, ...), image, arch, scope, retain, restore, prepare, "
     "prepare_key, boot_timeout"
 )
 
@@ -83,6 +85,8 @@ def _read(config: pytest.Config) -> Settings:
         if value is None:
             continue
         (fields if option.is_config_field else others)[option.name] = _check(option, source, value)
+        if option.name == "image" and value not in IMAGES:
+            _check_image(config, source, value)
     return Settings(config_fields=fields, **others)
 
 
@@ -100,6 +104,19 @@ def _check(option: Option, source: str, value: Any) -> Any:
             f"{source} = {str(value)!r} is not valid: there is no such file; give the path of one"
         )
     return converted
+
+
+def _check_image(config: pytest.Config, source: str, name: str) -> None:
+    project = find_project(config.rootpath)
+    try:
+        own = sorted(recipe_tables(project)) if project else []
+    except ImageError as error:
+        raise pytest.UsageError(error.message) from None
+    if name not in own:
+        raise pytest.UsageError(
+            f"{source} = {name!r} is not valid: use one of {', '.join([*IMAGES, *own])}, or tell "
+            f"of it in [tool.smolvm.images.{name}] of {project or 'a pyproject.toml'}"
+        )
 
 
 def _given(config: pytest.Config, option: Option) -> tuple[str, Any]:

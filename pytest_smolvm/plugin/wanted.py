@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pytest_smolvm.limits import ARCHITECTURES
 from pytest_smolvm.plugin.options import MARKER_ARGUMENTS, OPTIONS, POLICIES, SCOPES, seconds
 from pytest_smolvm.plugin.settings import Settings
 
@@ -24,6 +25,7 @@ class Wanted:
 
     config_fields: dict[str, Any] = field(default_factory=dict)
     image: str = ""
+    arch: str | None = None
     accel: str = "auto"
     scope: str = "function"
     retain: str = "failed"
@@ -81,7 +83,7 @@ def apply(arguments: Mapping[str, Any], wanted: Wanted, where: str) -> Wanted:
             if problem:
                 raise WrongMarkerError(f"{where}({key}={value!r}) is not valid: {problem}")
             changes[key] = value
-    if "image" in arguments:
+    if "image" in arguments or "arch" in arguments:
         # The image of a marker that is nearer than the option that gave the paths.
         for name in ("kernel_path", "rootfs_path", "initrd_path"):
             if name not in arguments:
@@ -102,6 +104,8 @@ def _problem_with(key: str, value: Any) -> str:
             seconds(value)
         except ValueError as error:
             return str(error)
+    if key == "arch" and value not in ARCHITECTURES:
+        return f"use one of {', '.join(ARCHITECTURES)}"
     if key == "image" and not isinstance(value, str):
         return "give the name of an image"
     if key == "prepare_key" and not (isinstance(value, str) and value):

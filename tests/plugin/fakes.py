@@ -16,7 +16,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class FakeMachine:
         self._by_guest = False
         self.paused = False
         self.resets = 0
+        self.stalled = ""
         self.disk = spec.disk.image.path
         _machines[self.ssh_address] = self
 
@@ -56,6 +57,9 @@ class FakeMachine:
     @property
     def ssh_address(self) -> tuple[str, int]:
         return "127.0.0.1", self.pid
+
+    def when_stalled(self, notify: Callable[[], object]) -> None:
+        """It never does."""
 
     def end_by_guest(self) -> None:
         self._by_guest = True

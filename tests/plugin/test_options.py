@@ -124,7 +124,7 @@ def test_markers_of_function_class_and_module_merge_key_by_key(
         ("256", "*takes keyword arguments only, not (256,)*"),
         ("mem_size_mib=64", "*greater than or equal to 128*input_value=64*"),
         ("disk_mode='mine'", "*'isolated' or 'shared'*input_value='mine'*"),
-        ("image='nope'", "*there is no image called 'nope': the images are 'micro'*"),
+        ("image='nope'", "*there is no image called 'nope': the images are micro, debian*"),
         ("image=3", "*image=3*is not valid: give the name of an image*"),
         ("scope='package'", "*scope='package'*use one of function, class, module, session*"),
         ("retain='some'", "*retain='some'*use one of all, failed, none*"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import lzma
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import lz4.block
@@ -14,7 +15,7 @@ import zstandard
 from pytest_smolvm import ImageError
 from pytest_smolvm.images import cpio
 from pytest_smolvm.images.debian import Package, _parse_uris
-from pytest_smolvm.images.kernel import ModuleTree, extract_vmlinux
+from pytest_smolvm.images.kernel import ModuleTree, extract_vmlinux, kernel_file
 
 KERNEL = b"\x7fELF" + bytes(range(256)) * 4096
 
@@ -114,3 +115,24 @@ def test_package_lists_are_read_as_apt_prints_them() -> None:
             "busybox-static", "1:1.35.0-4+b1", "busybox-static_1%3a1.35.0-4+b1_amd64.deb", 928188
         )
     ]
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, lambda data: zstandard.compress(data)])
+def test_an_arm64_kernel_comes_out_of_whatever_holds_it(
+    tmp_path: Path, compress: Callable[[bytes], bytes]
+) -> None:
+    image = bytearray(b"\0" * 4096)
+    image[0x38:0x3C] = b"ARM\x64"
+    payload = compress(bytes(image))
+    zboot = bytearray(512)
+    zboot[:8] = b"MZ\0\0zimg"
+    struct.pack_into("<II", zboot, 8, len(zboot), len(payload))
+    path = tmp_path / "vmlinuz-virt"
+    for content in (image, zboot + payload + struct.pack("<I", len(image))):
+        path.write_bytes(content)
+        assert kernel_file(path, "aarch64") == image
+    path.write_bytes(gzip.compress(bytes(image)))
+    assert kernel_file(path, "aarch64") == image
+    path.write_bytes(b"MZ" + bytes(600))
+    with pytest.raises(ImageError, match="vmlinuz-virt is not an arm64 Image"):
+        kernel_file(path, "aarch64")
