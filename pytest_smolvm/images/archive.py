@@ -7,7 +7,8 @@
     templates/<key>/<file>         guests of it that have booted
     key                            the private key that its guests let in, if that is the library's
 
-Nothing of it is taken for true before all of it is there and has the hash that was said.
+Nothing of it is taken for true before all of it is there and has the hash that was said. The
+manifest and the tar's own headers are covered by the zstd frame's checksum.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import re
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import zstandard
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -27,11 +28,15 @@ from pytest_smolvm.disks import data_extents
 from pytest_smolvm.errors import ImageError
 from pytest_smolvm.images.cache import ImageFacts, check_space
 
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
 FORMAT = 1
 MAGIC = b"\x28\xb5\x2f\xfd"  # of a zstd frame: RFC 8878
 _MANIFEST = "manifest.json"
 _MANIFEST_MAX = 16 << 20
 _BLOCK = 1 << 20
+_PIECE = 4096  # of compressed data: 128 MiB of plain data at the worst
 _ZEROS = bytes(_BLOCK)
 _NAME = re.compile(
     r"key|image/[A-Za-z0-9_][A-Za-z0-9._-]*|templates/[0-9a-f]{32}/[A-Za-z0-9_][A-Za-z0-9._-]*"
@@ -84,7 +89,7 @@ def describe(path: Path, known_sha256: str | None = None) -> FileInside:
 
 def write(target: Path, contents: Contents, sources: Mapping[str, Path]) -> None:
     """Write the archive. Raises ``OSError``."""
-    compressor = zstandard.ZstdCompressor(level=3, threads=-1)
+    compressor = zstandard.ZstdCompressor(level=3, threads=-1, write_checksum=True)
     with (
         target.open("wb") as file,
         compressor.stream_writer(file, closefd=False) as stream,
@@ -105,14 +110,15 @@ def read(archive: Path, scratch: Path) -> Contents:
                 raise _no_archive(archive)
         with (
             archive.open("rb") as file,
-            zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as plain,
-            io.BufferedReader(plain, _BLOCK) as stream,
+            io.BufferedReader(_Frame(file), _BLOCK) as stream,
             tarfile.open(fileobj=stream, mode="r|") as tar,
         ):
             contents = _read_contents(tar, archive)
             wanted = sum(facts.data_bytes for facts in contents.files.values())
             check_space(scratch, wanted, f"unpacking {archive}")
             _unpack(tar, contents, scratch, archive)
+            while stream.read(_BLOCK):  # to its end, where the checksum is
+                pass
     except (tarfile.TarError, zstandard.ZstdError, EOFError) as error:
         raise _damaged(archive, str(error)) from error
     except OSError as error:
@@ -181,6 +187,39 @@ def _copy(data: IO[bytes], target: Path, size: int) -> str:
                 file.write(block)
         file.truncate(size)
     return digest.hexdigest()
+
+
+class _Frame(io.RawIOBase):
+    """What is in a zstd frame: exactly one, and all of it, or ``EOFError``.
+
+    ``zstandard``'s own readers take the end of the file for the end of the frame, and so would
+    not miss a checksum that was cut off.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__()
+        self._file = file
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._plain = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        while not self._plain:
+            piece = self._file.read(_PIECE)
+            if self._frame.eof:
+                if piece or self._frame.unused_data:
+                    raise EOFError("there is more in it than there should be")
+                return 0
+            if not piece:
+                raise EOFError("it ends too early")
+            self._plain = memoryview(self._frame.decompress(piece))
+        target = memoryview(buffer).cast("B")
+        count = min(len(target), len(self._plain))
+        target[:count] = self._plain[:count]
+        self._plain = self._plain[count:]
+        return count
 
 
 def _member(name: str, size: int) -> tarfile.TarInfo:

@@ -244,7 +244,7 @@ def test_what_is_not_what_it_says_is_refused(
     assert left(own_state) == []
 
 
-@pytest.mark.parametrize("at", [0, 100, 0.5, -100])
+@pytest.mark.parametrize("at", [0, 0.5, -100])
 def test_a_damaged_archive_is_refused(
     exported: Path, own_state: Path, tmp_path: Path, at: float
 ) -> None:
@@ -253,9 +253,7 @@ def test_a_damaged_archive_is_refused(
     path = tmp_path / "damaged.smolvm"
     for broken in (
         bytes(data[:position]),
-        bytes(data[:position] + bytes([data[position] ^ 0xFF]) + data[position + 1 :])
-        if position >= 0
-        else bytes(data[:position]),
+        bytes(data[:position] + bytes([data[position] ^ 0xFF]) + data[position:][1:]),
     ):
         path.write_bytes(broken)
         with pytest.raises(ImageError, match=r"damaged|no archive of an image"):
