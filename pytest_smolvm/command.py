@@ -24,6 +24,8 @@ _CHUNK_BYTES = 1 << 18
 _QUIET_S = 0.25
 _KILL_TIMEOUT_S = 5.0
 _SHOWN_OUTPUT_CHARS = 20_000
+OUTPUT_LIMIT_BYTES = 256 << 20
+"""What a command may print, on both streams together: all of it is kept in memory."""
 
 
 class RunOptions(TypedDict, total=False):
@@ -139,7 +141,7 @@ def wrap(
 def run(
     transport: paramiko.Transport,
     command: str | Sequence[str],
-    timeout_s: float,
+    deadline: Deadline,
     *,
     shell: Shell = "login",
     input: str | bytes | None = None,
@@ -154,8 +156,8 @@ def run(
     ``kill_timeout_s``: seconds that the killing may take.
     """
     line = shell_line(command)
-    deadline = Deadline(timeout_s)
     token = secrets.token_hex(8)
+    room = _Room(OUTPUT_LIMIT_BYTES)
     wrapped = wrap(line, token=token, shell=shell, cwd=cwd, env=env)
     stdout, stderr = bytearray(), bytearray()
     stdin = input.encode() if isinstance(input, str) else input
@@ -166,15 +168,25 @@ def run(
             wrapped,
             deadline=deadline,
             stdin=stdin,
-            on_stdout=_tee(stdout, on_output),
-            on_stderr=_tee(stderr, on_output),
+            on_stdout=_tee(stdout, room, on_output),
+            on_stderr=_tee(stderr, room, on_output),
         )
+    except _OutputTooLargeError:
+        kill_marked(transport, token, kill_timeout_s)
+        raise SmolVMError(
+            f"the command {line!r} printed more than {OUTPUT_LIMIT_BYTES >> 20} MiB and was "
+            "killed: have it write to a file in the guest, and get() that"
+            + _sections(
+                *(part[:_SHOWN_OUTPUT_CHARS].decode(errors="replace") for part in (stdout, stderr))
+            ),
+            {"command": line},
+        ) from None
     except OperationTimeoutError:
         killed = kill_marked(transport, token, kill_timeout_s)
         printed = stdout.decode(errors="replace"), stderr.decode(errors="replace")
         raise OperationTimeoutError(
             f"the command {line!r}",
-            timeout_s,
+            deadline.timeout_s,
             (
                 "it was killed in the guest"
                 if killed
@@ -183,7 +195,7 @@ def run(
             + _sections(*printed),
             stdout=printed[0],
             stderr=printed[1],
-            details={"command": line},
+            details={"command": line, "killed": killed},
         ) from None
     return CommandResult(
         exit_code=exit_code,
@@ -194,13 +206,30 @@ def run(
     )
 
 
-def _tee(kept: bytearray, on_output: Callable[[bytes], object] | None) -> Callable[[bytes], object]:
-    if on_output is None:
-        return kept.extend
+class _OutputTooLargeError(Exception):
+    """A command prints more than anybody wants to keep."""
 
+
+class _Room:
+    """How many bytes may be kept still."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def take(self, count: int) -> None:
+        self.left -= count
+        if self.left < 0:
+            raise _OutputTooLargeError
+
+
+def _tee(
+    kept: bytearray, room: _Room, on_output: Callable[[bytes], object] | None
+) -> Callable[[bytes], object]:
     def take(data: bytes) -> None:
+        room.take(len(data))
         kept.extend(data)
-        on_output(data)
+        if on_output is not None:
+            on_output(data)
 
     return take
 

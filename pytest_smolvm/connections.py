@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import paramiko
 
 from pytest_smolvm import ssh
+from pytest_smolvm.errors import OperationTimeoutError
 from pytest_smolvm.process import Deadline
 
 _RECONNECT_TIMEOUT_S = 30.0
@@ -74,14 +75,13 @@ class Connections:
             transport.close()
 
     @contextlib.contextmanager
-    def lend(self, timeout_s: float) -> Iterator[paramiko.Transport]:
+    def lend(self, deadline: Deadline) -> Iterator[paramiko.Transport]:
         """A connection for one command; it is closed if that ends in an error."""
-        deadline = Deadline(timeout_s)
         self._check_usable()
         transport = self._take_idle()
         if transport is None:
-            deadline = Deadline(min(deadline.timeout_s, _RECONNECT_TIMEOUT_S))
-            transport, _ = self._connect(deadline, _RECONNECT_BANNER_TIMEOUT_S)
+            patience = Deadline(min(deadline.remaining_s(), _RECONNECT_TIMEOUT_S))
+            transport, _ = self._connect(patience, _RECONNECT_BANNER_TIMEOUT_S)
         try:
             yield transport
         except BaseException:
@@ -103,7 +103,9 @@ class Connections:
     def _connect(
         self, deadline: Deadline, banner_timeout_s: float
     ) -> tuple[paramiko.Transport, float]:
-        with self._logging_in:
+        if not self._logging_in.acquire(timeout=deadline.remaining_s()):
+            raise OperationTimeoutError("waiting for others' logins", deadline.timeout_s)
+        try:
             connected = ssh.connect(
                 self._address,
                 self._login,
@@ -111,6 +113,8 @@ class Connections:
                 self._check_usable,
                 banner_timeout_s=banner_timeout_s,
             )
+        finally:
+            self._logging_in.release()
         with self._guard:
             self._open.add(connected.transport)
         return connected.transport, connected.banner_at

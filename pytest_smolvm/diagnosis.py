@@ -6,7 +6,7 @@ import os
 import shlex
 from pathlib import Path
 
-from pytest_smolvm.backends.base import MachineEnd
+from pytest_smolvm.backends.base import Machine, MachineEnd
 from pytest_smolvm.errors import BackendError, OperationTimeoutError
 from pytest_smolvm.terminal import harmless
 
@@ -57,6 +57,29 @@ def _console_section(console: str) -> str:
     return f"\n--- last lines of the console ---\n{console}" if console else "\n(no console output)"
 
 
+_STATES = {
+    "T": "is stopped by a signal (kill -CONT {pid} lets it go on)",
+    "t": "is stopped by a debugger",
+    "D": "waits in the host's kernel, most likely for its disk",
+    "Z": "has ended",
+}
+"""What the third field of /proc/PID/stat may be that explains a silence: proc_pid_stat(5)."""
+
+
+def circumstances(pid: int | None, console: Path) -> str:
+    """What may explain that a machine does not answer: its process's state, its console."""
+    return f"{_process_state(pid)}{_console_section(console_tail(console))}"
+
+
+def _process_state(pid: int | None) -> str:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    said = _STATES.get(fields[0])
+    return f"\nits process {pid} {said.format(pid=pid)}" if said else ""
+
+
 def died(vm_id: str, during: str, end: MachineEnd, console: Path) -> BackendError:
     """The error for a machine that ended by itself."""
     tail = console_tail(console)
@@ -93,15 +116,15 @@ def stalled(vm_id: str, why: str, directory: Path) -> BackendError:
 
 
 def never_answered(
-    vm_id: str, error: OperationTimeoutError, command_line: list[str], console: Path
+    vm_id: str, error: OperationTimeoutError, machine: Machine, console: Path
 ) -> OperationTimeoutError:
     """The error for a guest that runs but does not answer."""
-    tail = console_tail(console)
+    command_line = machine.command_line
     return OperationTimeoutError(
         error.operation,
         error.timeout_s,
         f"the VM {vm_id!r} runs but does not answer ({error.message}). If it only needs longer, "
         "give a longer boot_timeout; if its image has no SSH server, it cannot be used this way.\n"
-        f"command line: {shlex.join(command_line)}{_console_section(tail)}",
-        {"vm_id": vm_id, "console_tail": tail, "command_line": command_line},
+        f"command line: {shlex.join(command_line)}{circumstances(machine.pid, console)}",
+        {"vm_id": vm_id, "console_tail": console_tail(console), "command_line": command_line},
     )

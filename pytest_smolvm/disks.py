@@ -72,6 +72,11 @@ def disk_size(path: Path) -> int:
     return _look_at(path)[1]
 
 
+def size_of(disk: Disk) -> int:
+    """How large the disk of a machine is for its guest, in bytes."""
+    return _size_and_header(disk.image.path)[0]
+
+
 def chain_of(rootfs: Path) -> tuple[Image, ...]:
     """A root image, and what it lies over, the nearest first."""
     listed = read_json(_list_of_layers(rootfs))
@@ -98,6 +103,20 @@ def _list_of_layers(rootfs: Path) -> Path:
 
 def _look_at(path: Path) -> tuple[ImageFormat, int]:
     """Format and size in bytes, as the guest sees it."""
+    size, header = _size_and_header(path)
+    if header is None:
+        return "raw", size
+    if header.refers_to_others and not _list_of_layers(path).exists():
+        raise ImageError(
+            f"the qcow2 image {path} refers to another file, which is refused: a guest could read "
+            f"the host's files that way; flatten it: qemu-img convert -O qcow2 {path} flat.qcow2",
+            {"path": str(path)},
+        )
+    return "qcow2", size
+
+
+def _size_and_header(path: Path) -> tuple[int, qcow2.Header | None]:
+    """Size in bytes, as the guest sees it, and the header of a qcow2 file."""
     try:
         with path.open("rb") as file:
             head = file.read(104)
@@ -109,17 +128,11 @@ def _look_at(path: Path) -> tuple[ImageFormat, int]:
     if not head:
         raise ImageError(f"the disk image {path} is empty", {"path": str(path)})
     if not head.startswith(qcow2.MAGIC):
-        return "raw", size
+        return size, None
     header = qcow2.read_header(head)
     if header is None:
         raise ImageError(f"the qcow2 image {path} ends within its header", {"path": str(path)})
-    if header.refers_to_others and not _list_of_layers(path).exists():
-        raise ImageError(
-            f"the qcow2 image {path} refers to another file, which is refused: a guest could read "
-            f"the host's files that way; flatten it: qemu-img convert -O qcow2 {path} flat.qcow2",
-            {"path": str(path)},
-        )
-    return "qcow2", header.virtual_size
+    return header.virtual_size, header
 
 
 def shared_disk(rootfs: Path) -> Disk:

@@ -91,6 +91,7 @@ class OperationTimeoutError(SmolVMError):
         super().__init__(f"{text}: {message}" if message else text, details)
         self.operation = operation
         self.timeout_s = timeout_s
+        self.reason = message
         self.stdout = stdout
         self.stderr = stderr
 

@@ -42,7 +42,8 @@ class Guest:
     """Commands and files in one guest, over connections that are kept and renewed.
 
     ``check_usable`` raises when the machine cannot be talked to (ended, paused),
-    after giving a dying one so many seconds to be seen dead.
+    after giving a dying one so many seconds to be seen dead. ``circumstances`` tells what may
+    explain that the guest does not answer.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class Guest:
         address: tuple[str, int],
         login: ssh.Login,
         check_usable: Callable[[float], None],
+        circumstances: Callable[[], str],
         journal: Journal,
     ) -> None:
         self._check_usable = check_usable
+        self._circumstances = circumstances
         self._journal = journal
         self._connections = Connections(address, login, lambda: check_usable(0))
 
@@ -62,7 +65,7 @@ class Guest:
 
     def connect_on(self, sock: socket.socket, deadline: Deadline) -> None:
         """Log in over an open socket that leads to an SSH server of the guest."""
-        with self._explained("the login"):
+        with self._explained("the login", deadline):
             self._connections.open_on(sock, deadline)
 
     def disconnect(self) -> None:
@@ -91,11 +94,12 @@ class Guest:
         timeout: float,
         **options: Unpack[commands.RunOptions],
     ) -> CommandResult:
+        deadline = Deadline(timeout)
         with (
-            self._explained(f"the command {command!r}"),
-            self._connections.lend(timeout) as transport,
+            self._explained(f"the command {command!r}", deadline),
+            self._connections.lend(deadline) as transport,
         ):
-            return commands.run(transport, command, timeout, **options)
+            return commands.run(transport, command, deadline, **options)
 
     @contextlib.contextmanager
     def _noted(self, command: str | Sequence[str]) -> Iterator[_Notes]:
@@ -133,11 +137,15 @@ class Guest:
         transfer.get(self._executor(f"get {remote}", timeout), remote, Path(local))
 
     def read_text(self, path: str) -> str:
-        chunks: list[bytes] = []
+        # One byte more than may be, so that too many are noticed.
+        limit = commands.OUTPUT_LIMIT_BYTES
+        data = bytearray()
         run = self._executor(f"read {path}", TRANSFER_TIMEOUT_S)
-        run(f"cat {commands.shell_line([path])}", None, chunks.append)
+        run(f"head -c {limit + 1} {commands.shell_line([path])}", None, data.extend)
+        if len(data) > limit:
+            raise SmolVMError(f"{path} in the guest has more than {limit >> 20} MiB: use get()")
         try:
-            return b"".join(chunks).decode()
+            return data.decode()
         except UnicodeDecodeError as error:
             raise SmolVMError(
                 f"{path} in the guest is not UTF-8 text ({error.reason} at byte {error.start}): "
@@ -225,7 +233,9 @@ class Guest:
             # The kernel's own table: nothing is sent to the service that is waited for.
             try:
                 tables = self.ask(_LISTENERS, deadline.remaining_s()).stdout
-            except OperationTimeoutError:
+            except OperationTimeoutError as error:
+                if not ports:
+                    last_try = error.reason
                 break
             ports = listening_ports(tables)
             if guest_port in ports:
@@ -242,11 +252,15 @@ class Guest:
     def _executor(self, operation: str, timeout_s: float) -> transfer.Execute:
         def execute(line: str, stdin: bytes | None, on_stdout: Callable[[bytes], object]) -> None:
             errors = bytearray()
-            with self._explained(operation), self._connections.lend(timeout_s) as transport:
+            deadline = Deadline(timeout_s)
+            with (
+                self._explained(operation, deadline),
+                self._connections.lend(deadline) as transport,
+            ):
                 status = commands.execute(
                     transport,
                     line,
-                    deadline=Deadline(timeout_s),
+                    deadline=deadline,
                     stdin=stdin,
                     on_stdout=on_stdout,
                     on_stderr=errors.extend,
@@ -264,10 +278,25 @@ class Guest:
         return execute
 
     @contextlib.contextmanager
-    def _explained(self, operation: str) -> Iterator[None]:
-        """A connection that breaks becomes an error that says why: often, a dead machine."""
+    def _explained(self, operation: str, deadline: Deadline) -> Iterator[None]:
+        """A connection that breaks becomes an error that says why: often, a dead machine.
+
+        So does a guest that does not answer, whatever step it was that took too long.
+        """
         try:
             yield
+        except OperationTimeoutError as error:
+            if error.details.get("killed"):
+                raise  # it answers: only the command was slow
+            self._check_usable(0)
+            raise OperationTimeoutError(
+                operation,
+                deadline.timeout_s,
+                f"{error.reason or 'the guest does not answer'}{self._circumstances()}",
+                error.details,
+                stdout=error.stdout,
+                stderr=error.stderr,
+            ) from error
         except (paramiko.SSHException, OSError, EOFError) as error:
             self._check_usable(_DEATH_GRACE_S)
             raise SmolVMError(

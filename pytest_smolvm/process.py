@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pytest_smolvm.confinement import Limits, environment, find_setpriv, privileges, ulimits
 from pytest_smolvm.errors import SmolVMError
 from pytest_smolvm.hostloop import call_on_host_loop
 
@@ -104,15 +105,25 @@ def _text(data: bytes | str | None) -> str:
 class MachineProcess:
     """A long-lived child that the kernel kills when this process ends, however it ends."""
 
-    def __init__(self, argv: Sequence[str], *, cwd: Path, log: Path, pass_fds: Sequence[int]):
+    def __init__(
+        self,
+        argv: Sequence[str],
+        *,
+        cwd: Path,
+        log: Path,
+        pass_fds: Sequence[int],
+        limits: Limits | None = None,
+        drop_capabilities: bool = True,
+    ) -> None:
         self.argv = list(argv)
         self._log = log
         log.touch(mode=0o600)
         with log.open("wb") as output:
             self._popen = call_on_host_loop(
                 lambda: subprocess.Popen(
-                    [*_never_outlive_us(), *argv],
+                    [*_confined(limits, drop_capabilities=drop_capabilities), *argv],
                     cwd=cwd,
+                    env=environment(),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -178,24 +189,26 @@ def processor_time_s(pid: int) -> float:
 
 
 def _die_with_parent() -> list[str]:
-    # util-linux's setpriv makes the prctl(PR_SET_PDEATHSIG) call and becomes the
-    # command: no code runs between fork and exec in a threaded Python.
-    setpriv = shutil.which("setpriv")
+    setpriv = find_setpriv()
     return [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
 
 
-def _never_outlive_us() -> list[str]:
-    signal_wanted = _die_with_parent()
-    return [*signal_wanted, *still_ours()] if signal_wanted else []
+def _confined(limits: Limits | None, *, drop_capabilities: bool) -> list[str]:
+    setpriv = find_setpriv()
+    if setpriv is None:
+        return ["/bin/sh", "-c", f'{ulimits(limits)}exec "$@"', "sh"]
+    rights = privileges(drop_capabilities=drop_capabilities)
+    return [setpriv, "--pdeathsig", "KILL", *rights, "--", *still_ours(ulimits(limits))]
 
 
-def still_ours() -> list[str]:
+def still_ours(before: str = "") -> list[str]:
     """What comes before a command that has asked for a signal at its parent's death.
 
     Had we died before it was asked for, it would never come (prctl(2)). So the program, once it
-    has been, looks who its parent is.
+    has been, looks who its parent is. ``before``: shell commands to do then.
     """
-    return ["/bin/sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid())]
+    script = f'[ "$PPID" = "$0" ] || exit; {before}exec "$@"'
+    return ["/bin/sh", "-c", script, str(os.getpid())]
 
 
 def wait_readable(descriptor: int, timeout_s: float) -> bool:

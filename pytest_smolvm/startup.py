@@ -174,7 +174,14 @@ class Startup(Saving):
         self._write_record()
 
     def _meet(self, machine: Machine, login: Login) -> None:
-        guest = Guest(machine.ssh_address, login, self._check_usable, self._journal)
+        console = self._files.console
+        guest = Guest(
+            machine.ssh_address,
+            login,
+            self._check_usable,
+            lambda: diagnosis.circumstances(machine.pid, console),
+            self._journal,
+        )
         # Whoever waits for it then hears why, at once.
         machine.when_stalled(guest.disconnect)
         self._guest = guest
@@ -190,7 +197,7 @@ class Startup(Saving):
             if end is not None:
                 raise diagnosis.died(self._config.vm_id, during, end, console) from None
             raise diagnosis.never_answered(
-                self._config.vm_id, error, self._machine.command_line, console
+                self._config.vm_id, error, self._machine, console
             ) from None
         finally:
             self._during = "on its own"

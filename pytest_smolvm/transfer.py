@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shlex
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Self
 
 from pytest_smolvm.errors import SmolVMError
 
@@ -23,6 +24,8 @@ Execute = Callable[[str, bytes | None, Callable[[bytes], object]], None]
 
 _SPOOL_BYTES = 16 << 20
 _MODE_MASK = 0o777
+_LINE_BYTES = 100
+_HEADER_BYTES = 1 << 20
 
 
 def put(execute: Execute, local: Path, remote: str) -> None:
@@ -63,17 +66,47 @@ def get(execute: Execute, remote: str, local: Path) -> None:
         f"else echo {shlex.quote('no such file or directory: ' + remote)} >&2; exit 1; fi"
     )
     with tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES) as spool:
-        execute(line, None, spool.write)
+        execute(line, None, _keep_in(spool))
         spool.seek(0)
-        kind = spool.readline().strip()
+        kind = spool.readline(_LINE_BYTES).strip()
         if kind == b"tree":
             unpack_tree(spool, local)
         else:
-            mode = int(spool.readline(), 8) & _MODE_MASK
+            mode = spool.readline(_LINE_BYTES).strip()
+            if kind != b"file" or not re.fullmatch(rb"[0-7]{1,5}", mode):
+                raise SmolVMError(
+                    f"the guest was asked for {remote}, and what it sent is neither a file nor a "
+                    f"tree: {(kind + mode)[:80]!r}"
+                )
             target = local / PurePosixPath(remote).name if local.is_dir() else local
             with _host_errors(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _write_file(target, spool, mode)
+                _write_file(target, spool, int(mode, 8) & _MODE_MASK)
+
+
+def _keep_in(spool: IO[bytes]) -> Callable[[bytes], object]:
+    def keep(data: bytes) -> None:
+        try:
+            spool.write(data)
+        except OSError as error:
+            raise SmolVMError(
+                f"what the guest sends cannot be kept in {tempfile.gettempdir()}: "
+                f"{error.strerror}; nothing of it was copied"
+            ) from error
+
+    return keep
+
+
+class _Member(tarfile.TarInfo):
+    """What a guest says of a file; headers that would take all of our memory are refused."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        member = super().frombuf(buf, encoding, errors)
+        has_contents = member.type in (*tarfile.REGULAR_TYPES, tarfile.LNKTYPE)
+        if not has_contents and member.size > _HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of type {member.type!r} has {member.size} bytes")
+        return member
 
 
 def unpack_tree(archive: IO[bytes], target: Path) -> None:
@@ -85,12 +118,15 @@ def unpack_tree(archive: IO[bytes], target: Path) -> None:
     links: list[tuple[Path, str]] = []
     modes: list[tuple[Path, int]] = []
     root = target.absolute()
-    with _host_errors(target), tarfile.open(fileobj=archive, mode="r:") as tar:
+    with _host_errors(target), tarfile.open(fileobj=archive, mode="r:", tarinfo=_Member) as tar:
         root.mkdir(parents=True, exist_ok=True)
         for member in tar:
             path = root / _inside(member.name)
             if path != root:
                 _clear_links(root, path.parent)
+            if member.issparse():
+                # A few bytes may stand for any number of them. Ours never asks for such.
+                raise tarfile.ReadError(f"{member.name!r} is stored with holes")
             if member.isdir():
                 if path.is_symlink():
                     path.unlink()
@@ -172,5 +208,5 @@ def _check_remote(remote: str) -> None:
 def _host_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, tarfile.TarError, ValueError, OverflowError) as error:
         raise SmolVMError(f"copying to or from {path} on this host failed: {error}") from error

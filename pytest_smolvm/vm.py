@@ -466,7 +466,11 @@ class JoinedVM(SmolVM):
             login = access.prepare_login(self._config, self._ssh_user, self._ssh_key_path, store)
             self._host_key = login.host_key
             self._guest = Guest(
-                (record.ssh_host, record.ssh_port), login, self._check_usable, Journal(None)
+                (record.ssh_host, record.ssh_port),
+                login,
+                self._check_usable,
+                lambda: diagnosis.circumstances(record.machine_pid, self._console_path),
+                Journal(None),
             )
 
     @property

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pytest_smolvm.confinement import privileges
 from pytest_smolvm.errors import BackendError, OperationTimeoutError, SmolVMError
 from pytest_smolvm.process import (
     Deadline,
@@ -82,16 +83,16 @@ class Nat:
         }
         namespaces = ["--net", "--mount"]
         # Asked for here, since a new user namespace takes it back (prctl(2)).
-        privileges = ["--pdeathsig", "KILL", "--no-new-privs"]
+        rights = ["--pdeathsig", "KILL", *privileges()]
         if os.geteuid() != 0:
             namespaces += ["--user", "--map-root-user"]
             # Within the namespace this user could change the routes again.
-            privileges += ["--inh-caps=-all", "--bounding-set=-all"]
+            rights += ["--inh-caps=-all", "--bounding-set=-all"]
         return [
             *("env", *(f"{name}={value}" for name, value in variables.items())),
             *(find_tool("unshare", "util-linux"), *namespaces, "--"),
             *("sh", "-ec", _ENTER, "sh"),
-            *(find_tool("setpriv", "util-linux"), *privileges, "--"),
+            *(find_tool("setpriv", "util-linux"), *rights, "--"),
             *still_ours(),
             *argv,
         ]
@@ -126,6 +127,7 @@ class Nat:
                 cwd=self._directory,
                 log=self._directory / "network.log",
                 pass_fds=[tell_configured],
+                drop_capabilities=False,  # it enters the machine's namespaces
             )
             os.close(tell_configured)
             tell_configured = -1

@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pytest_smolvm import diagnosis
 from pytest_smolvm.backends.base import MachineEnd, MachineSpec
+from pytest_smolvm.backends.console import Console
 from pytest_smolvm.backends.nat import Nat
 from pytest_smolvm.backends.qemu_args import (
     Architecture,
@@ -22,7 +24,8 @@ from pytest_smolvm.backends.qemu_args import (
     qemu_argv,
 )
 from pytest_smolvm.backends.qmp import Monitor
-from pytest_smolvm.disks import Disk, Image
+from pytest_smolvm.confinement import Limits
+from pytest_smolvm.disks import Disk, Image, size_of
 from pytest_smolvm.errors import BackendError, OperationTimeoutError, SmolVMError
 from pytest_smolvm.process import Deadline, MachineProcess, ToolError, run_tool
 from pytest_smolvm.usernet import GUEST_ADDRESS
@@ -30,6 +33,8 @@ from pytest_smolvm.usernet import GUEST_ADDRESS
 logger = logging.getLogger(__name__)
 
 _MAX_BANDWIDTH = 1 << 40  # bytes per second; the default is that of a network
+_OWN_MEMORY_BYTES = 3 << 30
+_OWN_FILE_BYTES = 64 << 20
 _FAILED_LOAD_S = 1.0
 _FINISHED_LOOK_S = 0.001
 _FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+\S+\s+(\d+)\s+\S+\s+(\d+)")
@@ -68,6 +73,7 @@ class QemuBackend:
             with contextlib.ExitStack() as handed_over:
                 monitor, monitor_fd = _socket_pair(ours_only, handed_over)
                 port, port_fd = _socket_pair(ours_only, handed_over)
+                console, console_fd = _socket_pair(ours_only, handed_over)
                 state_fd = -1
                 if spec.state is not None:
                     state_fd = handed_over.enter_context(spec.state.open("rb")).fileno()
@@ -77,8 +83,9 @@ class QemuBackend:
                     binary=self.binary,
                     monitor_fd=monitor_fd,
                     port_fd=port_fd,
+                    console_fd=console_fd,
                 )
-                inherited = [fd for fd in (monitor_fd, port_fd, state_fd) if fd >= 0]
+                inherited = [fd for fd in (monitor_fd, port_fd, console_fd, state_fd) if fd >= 0]
                 if nat is not None:
                     ours_only.callback(nat.close)
                     argv = nat.wrap(argv)
@@ -89,9 +96,11 @@ class QemuBackend:
                     cwd=spec.directory,
                     log=spec.machine_log,
                     pass_fds=inherited,
+                    limits=_limits_of(spec),
+                    drop_capabilities=nat is None,  # it gives them up once it has its namespaces
                 )
             # Only QEMU holds its ends now: should it die, ours will tell.
-            machine = QemuMachine(spec, process, port, nat)
+            machine = QemuMachine(spec, process, port, Console(console, spec.console), nat)
             ours_only.push(lambda *error: machine.kill() if error[0] else None)
             if nat is not None:
                 nat.attach(process, deadline)
@@ -113,7 +122,9 @@ class QemuBackend:
             memory=None,
             state=None,
         )
-        argv = qemu_argv(anonymous, self.architecture, binary="qemu", monitor_fd=0, port_fd=0)
+        argv = qemu_argv(
+            anonymous, self.architecture, binary="qemu", monitor_fd=0, port_fd=0, console_fd=0
+        )
         return [self.name, self.version(), self.accelerator, *argv]
 
 
@@ -126,6 +137,17 @@ def _version_of(binary: str, *_facts: int) -> str:
         return ""
     found = re.search(r"version (\d[\w.]*)", text)
     return found[1] if found else ""
+
+
+def _limits_of(spec: MachineSpec) -> Limits:
+    """More than any machine of that kind was seen to take; emulation needs 1.25 GiB of it."""
+    disk = 0 if spec.disk.read_only else size_of(spec.disk)
+    memory = spec.mem_size_mib << 20
+    return Limits(
+        data_bytes=memory + _OWN_MEMORY_BYTES,
+        # The tables of a qcow2 file take a part of 1/4000.
+        file_bytes=max(disk + disk // 100, memory) + _OWN_FILE_BYTES,
+    )
 
 
 def _nat_for(spec: MachineSpec) -> Nat | None:
@@ -186,14 +208,18 @@ class QemuMachine:
         spec: MachineSpec,
         process: MachineProcess,
         port: socket.socket,
+        console: Console,
         nat: Nat | None = None,
     ) -> None:
         self._process = process
+        self._console = console
         self._nat = nat
         self._listens_on = listening_address(spec)
         self._inner_ports: dict[int, int] = {}
         self._port = port
-        self._monitor = Monitor(spec.vm_id)
+        self._monitor = Monitor(
+            spec.vm_id, lambda: diagnosis.circumstances(process.pid, spec.console)
+        )
         self._has_shared_memory = spec.memory is not None and spec.memory.shared
         self._forwards: dict[int, int] = {}
         self._ssh_port = 0
@@ -284,6 +310,8 @@ class QemuMachine:
         return None if status is None else self._end(status)
 
     def _end(self, status: int) -> MachineEnd:
+        # Whoever hears of the end may want to read what came before it.
+        self._console.finish()
         return MachineEnd(
             exit_status=status,
             output=self._process.output_tail(),
@@ -381,8 +409,10 @@ class QemuMachine:
         self._process.wait(deadline.remaining_s())
 
     def kill(self) -> None:
-        self._process.kill()
-        self._port.close()
-        self._monitor.close()
-        if self._nat is not None:
-            self._nat.close()
+        with contextlib.ExitStack() as all_of_it:
+            if self._nat is not None:
+                all_of_it.callback(self._nat.close)
+            all_of_it.callback(self._monitor.close)
+            all_of_it.callback(self._port.close)
+            all_of_it.callback(self._console.finish)
+            self._process.kill()

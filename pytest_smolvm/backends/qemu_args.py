@@ -55,12 +55,18 @@ ARCHITECTURES = {
 
 
 def qemu_argv(
-    spec: MachineSpec, architecture: Architecture, *, binary: str, monitor_fd: int, port_fd: int
+    spec: MachineSpec,
+    architecture: Architecture,
+    *,
+    binary: str,
+    monitor_fd: int,
+    port_fd: int,
+    console_fd: int,
 ) -> list[str]:
     """The whole command line.
 
     The monitor speaks QMP on the open socket ``monitor_fd``; the guest's port leads to
-    ``port_fd``.
+    ``port_fd``, its console to ``console_fd``.
     """
     command_line = kernel_command_line(spec.boot_args, architecture, spec.disk.read_only)
     if not re.search(r"(^|\s)hostname=", command_line):
@@ -98,7 +104,7 @@ def qemu_argv(
         *("-sandbox", _SANDBOX),
         *("-chardev", f"socket,id=monitor,fd={monitor_fd}"),
         *("-mon", "chardev=monitor,mode=control"),
-        *("-chardev", _key_values("file", id="console", path=str(spec.console), append="on")),
+        *("-chardev", f"socket,id=console,fd={console_fd}"),
         *("-serial", "chardev:console"),
         *("-kernel", str(spec.kernel)),
         *(("-initrd", str(spec.initrd)) if spec.initrd else ()),

@@ -30,7 +30,9 @@ _MIGRATION_ENDS = ("completed", "failed", "cancelled")
 class Monitor:
     """The monitor of one QEMU process; remembers the events that explain its end."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, circumstances: Callable[[], str] = str) -> None:
+        """``circumstances`` tells what may explain that QEMU does not answer."""
+        self._circumstances = circumstances
         self._client = QMPClient(name)
         self._listener = EventListener(names={"SHUTDOWN", "RESET", "MIGRATION", "BLOCK_IO_ERROR"})
         self._watcher: asyncio.Task[None] | None = None
@@ -77,18 +79,27 @@ class Monitor:
         self,
         command: str,
         arguments: Mapping[str, Any] | None = None,
-        timeout_s: float = COMMAND_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> Any:
-        """Run a QMP command and return its result.
+        """Run a QMP command and return its result; ``timeout_s``: None means the usual.
 
         QEMU's refusal is a ``BackendError``; so is a monitor that is gone.
         """
-        with _explained(command):
-            return await_result(
-                self._client.execute(command, dict(arguments or {})),
-                operation=f"QEMU's monitor command {command}",
-                timeout_s=timeout_s,
-            )
+        operation = f"QEMU's monitor command {command}"
+        timeout_s = COMMAND_TIMEOUT_S if timeout_s is None else timeout_s
+        try:
+            with _explained(command):
+                return await_result(
+                    self._client.execute(command, dict(arguments or {})),
+                    operation=operation,
+                    timeout_s=timeout_s,
+                )
+        except OperationTimeoutError:
+            raise OperationTimeoutError(
+                operation,
+                timeout_s,
+                f"QEMU does not answer, and may do it still{self._circumstances()}",
+            ) from None
 
     def human(self, command_line: str) -> str:
         """Run a command of the human monitor, for the few things that QMP lacks."""
