@@ -39,12 +39,16 @@ def privileges(*, drop_capabilities: bool = True) -> list[str]:
 
 
 def ulimits(limits: Limits | None) -> str:
-    """Shell commands that set the limits; where lower ones hold already, those stay."""
+    """Shell commands that set the limits; where lower ones hold already, those stay.
+
+    What it makes, sockets say, is nobody else's business.
+    """
     wanted = {"c": 0}  # a core dump would hold all that the guest's memory does
     if limits is not None:
         wanted["d"] = limits.data_bytes >> 10
         wanted["f"] = -(-limits.file_bytes // _BLOCK_BYTES)
-    return "".join(f"ulimit -{name} {value} 2>/dev/null; " for name, value in wanted.items())
+    limited = (f"ulimit -{name} {value} 2>/dev/null; " for name, value in wanted.items())
+    return "".join(["umask 077; ", *limited])
 
 
 def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pytest_smolvm.backends.base import Machine, MachineEnd
 from pytest_smolvm.errors import BackendError, OperationTimeoutError
-from pytest_smolvm.terminal import harmless
+from pytest_smolvm.terminal import harmless, short_lines
 
 CONSOLE_TAIL_LINES = 30
 _TAIL_BYTES = 64 << 10
@@ -43,7 +43,7 @@ def last_lines(text: str) -> str:
     As many as make a screen, or more, so as to start a little before the kernel
     first complained: a panic's register dump would else hide its reason.
     """
-    lines = harmless(text).strip().splitlines()
+    lines = short_lines(harmless(text).strip())
     start = len(lines) - CONSOLE_TAIL_LINES
     recent = max(0, len(lines) - _LINES_SEARCHED)
     for number in range(recent, len(lines)):

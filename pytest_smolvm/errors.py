@@ -19,6 +19,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pytest_smolvm.terminal import harmless
+
 if TYPE_CHECKING:
     from pytest_smolvm.command import CommandResult
 
@@ -31,6 +33,8 @@ class SmolVMError(Exception):
     """
 
     def __init__(self, message: str, details: Mapping[str, Any] | None = None) -> None:
+        # It may quote what a guest sent.
+        message = harmless(message)
         super().__init__(message)
         self.message = message
         self.details: dict[str, Any] = dict(details or {})

@@ -20,6 +20,7 @@ from pytest_smolvm.errors import (
     SmolVMError,
 )
 from pytest_smolvm.process import Deadline, wait_readable
+from pytest_smolvm.terminal import harmless
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def connect(
             last = "the connection was accepted, but no SSH server spoke"
         except (paramiko.SSHException, EOFError, OSError) as error:
             # Not a refusal: a server that is still starting, or going away.
-            last = f"the SSH handshake broke off: {error or type(error).__name__}"
+            last = harmless(f"the SSH handshake broke off: {error or type(error).__name__}")
             logger.debug("%s", last)
         except BaseException:
             sock.close()

@@ -143,6 +143,10 @@ def unpack_tree(archive: IO[bytes], target: Path) -> None:
                 content = tar.extractfile(member)
                 if content is not None:
                     _write_file(path, content, member.mode & _MODE_MASK)
+        # tarfile takes whatever it cannot read for the end, but for the first header.
+        archive.seek(tar.offset)
+        if archive.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("the archive ends too early")
         for path, text in links:
             _clear_links(root, path.parent)
             if path.is_dir() and not path.is_symlink():

@@ -29,6 +29,7 @@ from pytest_smolvm.process import (
     still_ours,
     wait_readable,
 )
+from pytest_smolvm.statedir import write_atomically
 
 # Beside the guest's own network, which QEMU has within: see usernet.
 _NETWORK = "10.0.3.0/24"
@@ -73,7 +74,7 @@ class Nat:
 
     def wrap(self, argv: Sequence[str]) -> list[str]:
         """The command line that runs ``argv`` in namespaces of its own."""
-        (self._directory / "resolv.conf").write_text(f"nameserver {_NAME_SERVER}\n")
+        write_atomically(self._directory / "resolv.conf", f"nameserver {_NAME_SERVER}\n".encode())
         variables = {
             "ready": str(self._told_ready),
             "go": str(self._wait_to_go),

@@ -8,6 +8,7 @@ from collections.abc import Generator
 import pytest
 
 from pytest_smolvm.plugin import events, outcomes, tracebacks
+from pytest_smolvm.plugin.harmless import make_harmless
 from pytest_smolvm.plugin.session import existing_fleet, fleet_of
 from pytest_smolvm.plugin.settings import settings_of
 from pytest_smolvm.plugin.summary import summary_of, wants_vm_of_its_own
@@ -85,6 +86,7 @@ def pytest_runtest_makereport(
         else:
             for error in _leave(item):
                 _fail(report, f"a VM of this test could not be ended: {error}")
+    make_harmless(report)
     events.attach(report, fleet.take_events())
     return report
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pytest_smolvm.diagnosis import last_lines
 from pytest_smolvm.journal import Entry
-from pytest_smolvm.terminal import harmless
+from pytest_smolvm.terminal import harmless, short_lines
 from pytest_smolvm.vm import SmolVM
 
 _COMMANDS_SHOWN = 5
@@ -38,7 +38,7 @@ def _describe(entry: Entry) -> str:
     tries = f", {entry.tries} tries" if entry.tries > 1 else ""
     text = f"$ {harmless(entry.command)}\n[{harmless(came_of_it)}, {entry.duration_s:.2f} s{tries}]"
     for name, output in (("", entry.stdout), ("stderr: ", entry.stderr)):
-        lines = harmless(output).strip().splitlines()
+        lines = short_lines(harmless(output).strip())
         if len(lines) > _LINES_SHOWN:
             lines = [f"[... {len(lines) - _LINES_SHOWN} lines]", *lines[-_LINES_SHOWN:]]
         text += "".join(f"\n  {name}{line}" for line in lines)
