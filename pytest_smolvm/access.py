@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
@@ -65,9 +66,13 @@ def paste_lines(
     host, port = address
     known_hosts = directory / "known_hosts"
     write_atomically(known_hosts, f"[{host}]:{port} {host_key}\n".encode())
-    options = ["-o", f"UserKnownHostsFile={known_hosts}", "-o", "StrictHostKeyChecking=yes"]
+    options = ["-o", f"UserKnownHostsFile={_ssh_option(known_hosts)}"]
+    options += ["-o", "StrictHostKeyChecking=yes"]
     if key_path is not None:
-        options += ["-o", "IdentitiesOnly=yes", "-i", str(key_path)]
+        # -i would look for the file by its name as it is, and then for what % stands for in it.
+        odd = "%" in str(key_path)
+        key = ["-o", f"IdentityFile={_ssh_option(key_path)}"] if odd else ["-i", str(key_path)]
+        options += ["-o", "IdentitiesOnly=yes", *key]
     login = f"{user}@{host}"
     return {
         "vm_id": vm_id,
@@ -79,3 +84,11 @@ def paste_lines(
             ["scp", "-O", *options, "-P", str(port), f"{login}:REMOTE", "LOCAL"]
         ),
     }
+
+
+def _ssh_option(path: Path) -> str:
+    """A path as the value of an option of ssh, which splits it at spaces: ssh_config(5)."""
+    text = str(path).replace("%", "%%")
+    if not re.search(r"[\s\"'\\#]", text):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -35,6 +35,8 @@ from pytest_smolvm.templates import Templates
 from pytest_smolvm.terminal import harmless
 from pytest_smolvm.vm import JoinedVM, SmolVM
 
+_GREETING_TIMEOUT_S = 30.0
+
 
 class _Group(click.Group):
     """Shows our own errors as one message, and exits with 1."""
@@ -167,6 +169,9 @@ def gc(kept: bool, as_json: bool) -> None:
 
 
 def _run_ssh(vm: SmolVM, command: tuple[str, ...]) -> int:
+    # A guest that has just booted may still have our own attempts to answer, and takes so many at
+    # a time: ssh would be turned away, and not try again.
+    vm.wait_for_ssh(_GREETING_TIMEOUT_S)
     argv = shlex.split(vm.ssh_commands()["ssh"])
     if not command:
         argv.insert(1, "-t")

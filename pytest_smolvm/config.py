@@ -85,6 +85,8 @@ def _check_file(path: Path, what: str) -> Path:
         raise ValueError(f"{what} {str(path)!r} is a directory: give the path of a file")
     if not stat.S_ISREG(mode):
         raise ValueError(f"{what} {str(path)!r} is not a regular file: give the path of a file")
+    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise ValueError(f"{what} {str(path)!r} may not be read by this user: chmod u+r it")
     return path
 
 

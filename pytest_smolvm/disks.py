@@ -33,6 +33,7 @@ from pytest_smolvm.errors import ImageError
 from pytest_smolvm.statedir import make_private_dir, read_json, write_json
 
 ImageFormat = Literal["raw", "qcow2"]
+_LARGEST_DISK_BYTES = 1 << 51  # what QEMU's limit for a table of clusters comes to
 _HASH_BLOCK = 1 << 20
 DIGESTS = "digests.json"
 
@@ -132,6 +133,12 @@ def _size_and_header(path: Path) -> tuple[int, qcow2.Header | None]:
     header = qcow2.read_header(head)
     if header is None:
         raise ImageError(f"the qcow2 image {path} ends within its header", {"path": str(path)})
+    if header.virtual_size > _LARGEST_DISK_BYTES:
+        raise ImageError(
+            f"the qcow2 image {path} says that its disk has {header.virtual_size} bytes: it is "
+            f"damaged, or made to do harm",
+            {"path": str(path)},
+        )
     return header.virtual_size, header
 
 

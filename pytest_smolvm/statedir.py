@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import secrets
+import shlex
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import platformdirs
 from filelock import FileLock, Timeout
@@ -44,6 +48,45 @@ def make_private_dir(path: Path) -> Path:
             {"path": str(path)},
         ) from error
     return path
+
+
+def check_usable(root: Path) -> None:
+    """Raise ``SmolVMError`` unless what is written there is ours alone, and locks exclude.
+
+    Only root may use what another user owns: containers see the host's directories that way.
+    """
+    facts = root.stat()
+    if facts.st_uid != os.geteuid() and os.geteuid() != 0:
+        raise _unusable(root, f"it belongs to another user (uid {facts.st_uid})")
+    if facts.st_mode & stat.S_IWOTH:
+        raise _unusable(root, f"everybody may write to it; chmod 700 {shlex.quote(str(root))}, or")
+    probe = root / f".probe-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        with probe.open("xb", buffering=0) as one, probe.open("rb") as another:
+            one.write(b"x")
+            if not (_may_lock(one) and not _may_lock(another)):
+                raise _unusable(root, "its file system grants locks that exclude nobody")
+    except OSError as error:
+        raise _unusable(root, f"{error.strerror}, at an attempt to lock a file there") from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
+def _may_lock(file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _unusable(root: Path, why: str) -> SmolVMError:
+    return SmolVMError(
+        f"the state directory {root} cannot be used: {why}{'' if why.endswith('or') else ';'} set "
+        f"{STATE_DIR_VARIABLE} to a directory of your own on a local disk",
+        {"path": str(root)},
+    )
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:

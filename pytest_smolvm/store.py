@@ -39,6 +39,7 @@ from pytest_smolvm.records import (
     read_record,
 )
 from pytest_smolvm.statedir import (
+    check_usable,
     default_state_dir,
     locked,
     make_private_dir,
@@ -104,6 +105,7 @@ class Store:
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = make_private_dir(root if root is not None else default_state_dir())
+        check_usable(self.root)
         self.vms = make_private_dir(self.root / "vms")
 
     @property

@@ -21,8 +21,8 @@ from pytest_smolvm import SSH_BOOT_ARGS, BackendError, ImageBuilder, ImageError,
 state, images = Path(os.environ["SMOLVM_STATE_DIR"]), Path(sys.argv[1])
 
 def mount(mib, *options):
-    command = ["mount", "-t", "tmpfs", "-o", ",".join([*options, f"size={mib}m"]), "tmpfs", state]
-    subprocess.run(command, check=True)
+    options = ",".join(["mode=700", *options, f"size={mib}m"])
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", state], check=True)
 
 def left():
     return sorted(p.name for p in (state / "images").iterdir() if p.is_dir() and not p.is_symlink())
