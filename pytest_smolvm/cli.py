@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pydantic import ValidationError
 
 from pytest_smolvm.cli_image import image
 from pytest_smolvm.diagnosis import read_console
+from pytest_smolvm.doctor import examine
 from pytest_smolvm.errors import SmolVMError
 from pytest_smolvm.images.cache import ImageCache
 from pytest_smolvm.inventory import Entry, inventory
@@ -166,6 +168,28 @@ def gc(kept: bool, as_json: bool) -> None:
         click.echo(json.dumps({"removed": removed}))
     else:
         click.echo(f"removed: {', '.join(removed) or 'nothing'}")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+def doctor(as_json: bool) -> None:
+    """Check all that a run needs of this host: what is wrong, what it costs, what mends it.
+
+    Exit status 1: no VM can run here.
+    """
+    findings = list(examine())
+    can_run = all(finding.grade != "problem" for finding in findings)
+    if as_json:
+        told = [asdict(finding) for finding in findings]
+        click.echo(json.dumps({"can_run": can_run, "findings": told}, indent=1))
+    else:
+        for finding in findings:
+            click.echo(f"{finding.grade:8}{finding.subject}: {harmless(finding.text)}")
+            for name, text in (("costs", finding.cost), ("mend", finding.remedy)):
+                if text:
+                    click.echo(f"        {name}: {text}")
+        click.echo("VMs can run here." if can_run else "No VM can run here: see the problems.")
+    sys.exit(0 if can_run else 1)
 
 
 def _run_ssh(vm: SmolVM, command: tuple[str, ...]) -> int:

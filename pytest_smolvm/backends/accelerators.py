@@ -80,13 +80,16 @@ def report_accelerator(
     if name == "tcg":
         return AcceleratorReport("tcg", usable=True)
     if name == "kvm":
-        reason = _kvm_access_problem(architecture)
+        reason = kvm_access_problem(architecture)
         if reason:
             return AcceleratorReport("kvm", usable=False, reason=reason)
-    return _remembered(store, _circumstances(name, qemu), lambda: _try(name, qemu, architecture))
+    return _remembered(
+        store, _circumstances(name, qemu), lambda: try_accelerator(name, qemu, architecture)
+    )
 
 
-def _kvm_access_problem(architecture: Architecture) -> str:
+def kvm_access_problem(architecture: Architecture) -> str:
+    """Why KVM cannot even be tried; empty: it can."""
     if host_architecture() != architecture.name:
         return f"this host does not run {architecture.name} code itself"
     if not _KVM.exists():
@@ -126,7 +129,10 @@ def _circumstances(name: str, qemu: str) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def _try(name: str, qemu: str, architecture: Architecture) -> AcceleratorReport:
+def try_accelerator(
+    name: str, qemu: str, architecture: Architecture, timeout_s: float = PROBE_TIMEOUT_S
+) -> AcceleratorReport:
+    """Try the accelerator ``name`` now, with a guest of a few instructions."""
     probe = _PROBES[architecture.name]
     with tempfile.NamedTemporaryFile(prefix="smolvm-probe-") as kernel:
         kernel.write(probe.guest)
@@ -139,12 +145,12 @@ def _try(name: str, qemu: str, architecture: Architecture) -> AcceleratorReport:
             *(part for device in probe.devices for part in ("-device", device)),
         ]
         try:
-            done = run_to_end(argv, timeout_s=PROBE_TIMEOUT_S)
+            done = run_to_end(argv, timeout_s=timeout_s)
         except subprocess.TimeoutExpired:
             return AcceleratorReport(
                 name,
                 usable=False,
-                reason=f"a guest of a few instructions did not end within {PROBE_TIMEOUT_S:g} s "
+                reason=f"a guest of a few instructions did not end within {timeout_s:g} s "
                 f"under {name}",
             )
     if done.returncode == probe.exit_status:

@@ -50,7 +50,7 @@ def test_the_probe_guest_runs_where_emulation_runs_it(name: str) -> None:
     qemu = shutil.which(architecture.binary)
     if qemu is None:
         pytest.skip(f"{architecture.binary} is not installed")
-    report = accelerators._try("tcg", qemu, architecture)
+    report = accelerators.try_accelerator("tcg", qemu, architecture)
     assert report.usable, report.reason
 
 
