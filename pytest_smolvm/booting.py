@@ -10,6 +10,7 @@ from pathlib import Path
 from pytest_smolvm.backends.base import Backend, Machine, MachineSpec, MemoryFile
 from pytest_smolvm.config import VMConfig
 from pytest_smolvm.disks import Disk, Image, copy_sparsely, create_overlay, link_layer
+from pytest_smolvm.images.guestfiles import SSH_SIGN
 from pytest_smolvm.process import Deadline
 from pytest_smolvm.snapshots import CONSOLE, MEMORY, STATE
 from pytest_smolvm.store import Store, VMDirectory
@@ -119,6 +120,7 @@ def machine_spec(
         network=config.network,
         accelerator=backend.accelerator,
         console=directory.console,
+        console_sign=SSH_SIGN,
         machine_log=directory.machine_log,
         memory=memory,
         state=state,

@@ -37,7 +37,7 @@ from pytest_smolvm.templates import Templates
 from pytest_smolvm.terminal import harmless
 from pytest_smolvm.vm import JoinedVM, SmolVM
 
-_GREETING_TIMEOUT_S = 30.0
+_WAY_IN_TIMEOUT_S = 60.0
 
 
 class _Group(click.Group):
@@ -193,9 +193,9 @@ def doctor(as_json: bool) -> None:
 
 
 def _run_ssh(vm: SmolVM, command: tuple[str, ...]) -> int:
-    # A guest that has just booted may still have our own attempts to answer, and takes so many at
-    # a time: ssh would be turned away, and not try again.
-    vm.wait_for_ssh(_GREETING_TIMEOUT_S)
+    # A guest that has just booted may still have our own attempts to get in before it, and turns
+    # others away meanwhile: ssh would not try again.
+    vm.wait_for_ssh(_WAY_IN_TIMEOUT_S)
     argv = shlex.split(vm.ssh_commands()["ssh"])
     if not command:
         argv.insert(1, "-t")

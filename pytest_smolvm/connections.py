@@ -14,8 +14,6 @@ from pytest_smolvm.errors import OperationTimeoutError
 from pytest_smolvm.process import Deadline
 
 _RECONNECT_TIMEOUT_S = 30.0
-# Of a guest that is up: however busy it is, more attempts would only add to that.
-_RECONNECT_BANNER_TIMEOUT_S = 2.0
 _KEPT_IDLE = 8
 
 
@@ -27,7 +25,8 @@ class Connections:
     dropbear 2022.83 (Debian 12) closes a session that has not begun when the command of
     another one ends (sesscheckclose in svr-chansession.c), at times dying of it.
 
-    ``check_usable`` raises when the machine cannot be talked to.
+    ``check_usable`` raises when the machine cannot be talked to. ``is_up``: whether the guest has
+    said that its SSH server listens.
     """
 
     def __init__(
@@ -35,26 +34,29 @@ class Connections:
         address: tuple[str, int],
         login: ssh.Login,
         check_usable: Callable[[], None],
+        is_up: Callable[[], bool] = lambda: True,
     ) -> None:
         self._address = address
         self._login = login
         self._check_usable = check_usable
+        self._is_up = is_up
         self._idle: list[paramiko.Transport] = []
         self._open: set[paramiko.Transport] = set()
         self._guard = threading.Lock()
         # Servers also limit how many may be logging in at a time (dropbear to 5).
         self._logging_in = threading.Lock()
 
-    def open(self, deadline: Deadline) -> float:
+    def open(self, deadline: Deadline, *, is_up: bool = False) -> float:
         """Wait for the SSH server and log in; returns when the banner came (monotonic).
 
-        Idle connections are closed: they may lead to a server that is no more.
+        ``is_up``: the guest has answered before, so that there is no need to try often. Idle
+        connections are closed: they may lead to a server that is no more.
         """
         with self._guard:
             stale, self._idle = self._idle, []
         for transport in stale:
             self._drop(transport)
-        transport, banner_at = self._connect(deadline, ssh.BANNER_TIMEOUT_S)
+        transport, banner_at = self._connect(deadline, (lambda: True) if is_up else self._is_up)
         self._give_back(transport)
         return banner_at
 
@@ -81,7 +83,7 @@ class Connections:
         transport = self._take_idle()
         if transport is None:
             patience = Deadline(min(deadline.remaining_s(), _RECONNECT_TIMEOUT_S))
-            transport, _ = self._connect(patience, _RECONNECT_BANNER_TIMEOUT_S)
+            transport, _ = self._connect(patience, lambda: True)
         try:
             yield transport
         except BaseException:
@@ -101,7 +103,7 @@ class Connections:
             self._drop(transport)
 
     def _connect(
-        self, deadline: Deadline, banner_timeout_s: float
+        self, deadline: Deadline, is_up: Callable[[], bool]
     ) -> tuple[paramiko.Transport, float]:
         if not self._logging_in.acquire(timeout=deadline.remaining_s()):
             raise OperationTimeoutError("waiting for others' logins", deadline.timeout_s)
@@ -111,7 +113,7 @@ class Connections:
                 self._login,
                 deadline,
                 self._check_usable,
-                banner_timeout_s=banner_timeout_s,
+                is_up=is_up,
             )
         finally:
             self._logging_in.release()

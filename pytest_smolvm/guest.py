@@ -43,7 +43,8 @@ class Guest:
 
     ``check_usable`` raises when the machine cannot be talked to (ended, paused),
     after giving a dying one so many seconds to be seen dead. ``circumstances`` tells what may
-    explain that the guest does not answer.
+    explain that the guest does not answer. ``is_up``: whether the guest has said that its SSH
+    server listens.
     """
 
     def __init__(
@@ -53,15 +54,19 @@ class Guest:
         check_usable: Callable[[float], None],
         circumstances: Callable[[], str],
         journal: Journal,
+        is_up: Callable[[], bool] = lambda: True,
     ) -> None:
         self._check_usable = check_usable
         self._circumstances = circumstances
         self._journal = journal
-        self._connections = Connections(address, login, lambda: check_usable(0))
+        self._connections = Connections(address, login, lambda: check_usable(0), is_up)
 
-    def connect(self, deadline: Deadline) -> float:
-        """Wait for the SSH server and log in; returns when the banner came (monotonic)."""
-        return self._connections.open(deadline)
+    def connect(self, deadline: Deadline, *, is_up: bool = False) -> float:
+        """Wait for the SSH server and log in; returns when the banner came (monotonic).
+
+        ``is_up``: the guest has answered before.
+        """
+        return self._connections.open(deadline, is_up=is_up)
 
     def connect_on(self, sock: socket.socket, deadline: Deadline) -> None:
         """Log in over an open socket that leads to an SSH server of the guest."""

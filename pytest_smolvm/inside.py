@@ -29,7 +29,7 @@ class Inside(ABC):
 
     def wait_for_ssh(self, timeout: float = BOOT_TIMEOUT_S) -> Self:
         """Wait until the guest lets us in anew, for at most ``timeout`` seconds."""
-        self._live_guest().connect(Deadline(timeout))
+        self._live_guest().connect(Deadline(timeout), is_up=True)
         return self
 
     def answers(self, timeout: float = 10.0) -> bool:

@@ -153,6 +153,8 @@ class Outside(ABC):
     @property
     def console(self) -> str:
         """What the guest has written to its console so far, as it came."""
+        if self._machine is not None:
+            self._machine.flush_console()
         text = diagnosis.read_console(self.directory / "console.log")
         return text or self._last_console
 

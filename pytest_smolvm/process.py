@@ -7,6 +7,7 @@ import os
 import select
 import shlex
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -213,10 +214,21 @@ def still_ours(before: str = "") -> list[str]:
 
 def wait_readable(descriptor: int, timeout_s: float) -> bool:
     """Wait until there is something to read, or the end of it; False if the time is up first."""
+    return bool(_ready([descriptor], timeout_s))
+
+
+def readable(sockets: Sequence[socket.socket], timeout_s: float) -> list[socket.socket]:
+    """Those of ``sockets`` with something to read, or an end, after waiting until one has."""
+    ready = _ready([sock.fileno() for sock in sockets], timeout_s)
+    return [sock for sock in sockets if sock.fileno() in ready]
+
+
+def _ready(descriptors: Sequence[int], timeout_s: float) -> set[int]:
     # Not select(), which fails for descriptors from 1024 on.
     poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(max(0.0, timeout_s) * 1000))
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return {descriptor for descriptor, _ in poll.poll(max(0.0, timeout_s) * 1000)}
 
 
 class Deadline:

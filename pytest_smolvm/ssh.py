@@ -19,7 +19,7 @@ from pytest_smolvm.errors import (
     OperationTimeoutError,
     SmolVMError,
 )
-from pytest_smolvm.process import Deadline, wait_readable
+from pytest_smolvm.process import Deadline, readable
 from pytest_smolvm.terminal import harmless
 
 logger = logging.getLogger(__name__)
@@ -29,13 +29,15 @@ logger = logging.getLogger(__name__)
 _TRANSPORT_LOG = f"{__name__}.transport"
 logging.getLogger(_TRANSPORT_LOG).addHandler(logging.NullHandler())
 
-# An emulated network accepts a connection before anybody listens in the guest,
-# and tries again only after seconds; so give each attempt up early, and try often.
-# But a guest that has been slow so far is slow to answer, too: each attempt may
-# last for this part of the whole wait, lest attempts pile up in the guest.
-BANNER_TIMEOUT_S = 0.1
-_BANNER_TIMEOUT_PART = 1 / 20
-_PAUSE_S = 0.005
+# An emulated network accepts a connection before anybody listens in the guest, and delivers it
+# seconds later, given up or not: a guest that boots is met by all attempts that were made by then.
+# Its server answers each of them, and turns others away meanwhile (dropbear has at most 5 that are
+# not logged in, by MAX_UNAUTH_PER_IP). So there are few of them until the guest says that it is up.
+_PATIENCE_S = 1.0
+_PATIENCE_UP_S = 2.0
+_ATTEMPTS_AT_A_TIME = 3
+_LOOK_S = 0.02
+_PAUSE_S = 0.02
 
 _KEY_CLASSES: tuple[type[paramiko.PKey], ...] = (
     paramiko.Ed25519Key,
@@ -110,46 +112,94 @@ def connect(
     deadline: Deadline,
     check_alive: Callable[[], None],
     *,
-    banner_timeout_s: float = BANNER_TIMEOUT_S,
+    is_up: Callable[[], bool] = lambda: False,
 ) -> Connected:
     """Wait until the guest's SSH server answers, and log in.
 
-    ``banner_timeout_s`` is how long each of the first attempts waits for it.
-    ``check_alive`` is called before each attempt and raises when waiting on is
+    ``is_up``: whether the guest has said that it listens; one that never says so is tried every
+    second. ``check_alive`` is called again and again, and raises when waiting on is
     pointless. Raises ``OperationTimeoutError`` past the deadline, and
     ``CommandExecutionUnavailableError`` when the guest answers but is not the
     expected one, or refuses every key.
     """
-    last = "no attempt was made"
-    began = time.monotonic()
-    while not deadline.passed():
-        check_alive()
-        try:
-            sock = _open(address, min(1.0, max(0.01, deadline.remaining_s())))
-        except OSError as error:
-            last = f"connecting to {address[0]}:{address[1]}: {error}"
-            time.sleep(_PAUSE_S)
-            continue
-        try:
-            patience_s = max(banner_timeout_s, (time.monotonic() - began) * _BANNER_TIMEOUT_PART)
-            if _banner_comes(sock, min(patience_s, deadline.remaining_s())):
-                banner_at = time.monotonic()
-                transport = log_in(sock, login, deadline)
-                return Connected(transport, banner_at)
-            last = "the connection was accepted, but no SSH server spoke"
-        except (paramiko.SSHException, EOFError, OSError) as error:
-            # Not a refusal: a server that is still starting, or going away.
-            last = harmless(f"the SSH handshake broke off: {error or type(error).__name__}")
-            logger.debug("%s", last)
-        except BaseException:
-            sock.close()
-            raise
-        sock.close()
-        time.sleep(_PAUSE_S)
+    attempts = _Attempts(address)
+    was_up = False
+    next_at = time.monotonic()
+    try:
+        while not deadline.passed():
+            check_alive()
+            now = time.monotonic()
+            if not was_up and is_up():
+                was_up, next_at = True, now
+            if now >= next_at:
+                attempts.make_another(deadline)
+                next_at = now + (_PATIENCE_UP_S if was_up else _PATIENCE_S)
+            sock = attempts.next_answer(min(_LOOK_S, deadline.remaining_s()))
+            if sock is None:
+                if attempts.none_is_open:
+                    # Refused, which the guest's kernel does at once; or turned away.
+                    next_at = min(next_at, time.monotonic() + _PAUSE_S)
+                continue
+            banner_at = time.monotonic()
+            attempts.close()  # the guest has enough to do with one
+            try:
+                return Connected(log_in(sock, login, deadline), banner_at)
+            except (paramiko.SSHException, EOFError, OSError) as error:
+                # Not a refusal: a server that is still starting, or going away.
+                why = harmless(f"the SSH handshake broke off: {error or type(error).__name__}")
+                attempts.last = why
+                logger.debug("%s", why)
+                next_at = time.monotonic() + _PAUSE_S
+    finally:
+        attempts.close()
     check_alive()
     raise OperationTimeoutError(
-        "waiting for the guest's SSH server", deadline.timeout_s, f"last attempt: {last}"
+        "waiting for the guest's SSH server", deadline.timeout_s, f"last attempt: {attempts.last}"
     )
+
+
+class _Attempts:
+    """Connections on which no SSH server has spoken yet, the oldest first."""
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        self._address = address
+        self._open: list[socket.socket] = []
+        self.last = "no attempt was made"
+        """What came of the last one, in words."""
+
+    @property
+    def none_is_open(self) -> bool:
+        return not self._open
+
+    def make_another(self, deadline: Deadline) -> None:
+        """Open one more connection, and give up the oldest if there are too many."""
+        if len(self._open) == _ATTEMPTS_AT_A_TIME:
+            self._open.pop(0).close()
+        try:
+            self._open.append(_open(self._address, min(1.0, max(0.01, deadline.remaining_s()))))
+        except OSError as error:
+            self.last = f"connecting to {self._address[0]}:{self._address[1]}: {error}"
+        else:
+            self.last = "the connection was accepted, but no SSH server spoke"
+
+    def next_answer(self, timeout_s: float) -> socket.socket | None:
+        """Wait until a server speaks on one, which is the caller's to close then."""
+        if not self._open:
+            time.sleep(timeout_s)
+        for sock in readable(self._open, timeout_s):
+            self._open.remove(sock)
+            try:
+                if sock.recv(1, socket.MSG_PEEK):
+                    return sock
+            except OSError as error:
+                self.last = f"the connection broke off: {error}"
+            sock.close()
+        return None
+
+    def close(self) -> None:
+        """Give up those that are open."""
+        while self._open:
+            self._open.pop().close()
 
 
 def _open(address: tuple[str, int], timeout_s: float) -> socket.socket:
@@ -158,10 +208,6 @@ def _open(address: tuple[str, int], timeout_s: float) -> socket.socket:
     # the acknowledgement of the one before.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
-
-
-def _banner_comes(sock: socket.socket, timeout_s: float) -> bool:
-    return wait_readable(sock.fileno(), timeout_s) and bool(sock.recv(1, socket.MSG_PEEK))
 
 
 def log_in(sock: socket.socket, login: Login, deadline: Deadline) -> paramiko.Transport:

@@ -181,6 +181,7 @@ class Startup(Saving):
             self._check_usable,
             lambda: diagnosis.circumstances(machine.pid, console),
             self._journal,
+            lambda: machine.has_given_sign,
         )
         # Whoever waits for it then hears why, at once.
         machine.when_stalled(guest.disconnect)

@@ -27,6 +27,7 @@ _MAGIC = b"SMOLVM-WAKE\n"
 _SEED_BYTES = 64
 _CLOCK_WITHIN_S = 0.02
 _CLOCK_TRIES = 20
+_ANSWER_PATIENCE_S = 2.0
 _RUN = COMPANION
 _STEPS = {
     1: "a message that it does not understand",
@@ -99,7 +100,7 @@ def wake(machine: Machine, identity: Identity, deadline: Deadline) -> None:
     try:
         machine.port.sendall(_MAGIC + struct.pack("<I", len(body)) + body)
         machine.resume()
-        _expect_done(machine.port, deadline)
+        _hear_all(machine.port, 1, deadline)
         _set_clock(machine.port, deadline)
         machine.port.sendall(b"G")
     except TimeoutError:
@@ -114,11 +115,32 @@ def _set_clock(port: socket.socket, deadline: Deadline) -> None:
     # What we send is right when the guest gets it; so ask for that to be soon.
     for _ in range(_CLOCK_TRIES):
         sent = time.monotonic()
-        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
-        port.sendall(b"S" + struct.pack("<qI", seconds, nanoseconds))
-        _expect_done(port, deadline)
+        _send_time(port)
+        _hear_all(port, 1, deadline)
         if time.monotonic() - sent < _CLOCK_WITHIN_S:
             return
+
+
+def _send_time(port: socket.socket) -> None:
+    seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+    port.sendall(b"S" + struct.pack("<qI", seconds, nanoseconds))
+
+
+def _hear_all(port: socket.socket, unanswered: int, deadline: Deadline) -> None:
+    """Hear the answer to each message that was sent.
+
+    A guest was seen to sleep on what it had been sent, once in hundreds of times on a busy host:
+    word of it had been lost. So it is sent another message, which brings word of both.
+    """
+    while unanswered:
+        if wait_readable(port.fileno(), min(_ANSWER_PATIENCE_S, deadline.remaining_s())):
+            _expect_done(port, deadline)
+            unanswered -= 1
+        elif deadline.passed():
+            raise OperationTimeoutError("waiting for the guest's agent", deadline.timeout_s)
+        else:
+            _send_time(port)
+            unanswered += 1
 
 
 def _expect_done(port: socket.socket, deadline: Deadline) -> None:

@@ -46,6 +46,8 @@ class MachineSpec:
     """The file that takes what the guest writes to its console."""
     machine_log: Path
     """The file that takes what the emulator itself prints."""
+    console_sign: bytes = b""
+    """What to look for on the console; see ``Machine.has_given_sign``."""
     memory: MemoryFile | None = None
     """None: memory of its own, empty at the start."""
     state: Path | None = None
@@ -89,6 +91,15 @@ class Machine(Protocol):
 
     def poll(self) -> MachineEnd | None:
         """How it ended, or None while it runs. Never waits."""
+        ...
+
+    @property
+    def has_given_sign(self) -> bool:
+        """Whether ``console_sign`` came on the console since the start, or the last reset."""
+        ...
+
+    def flush_console(self) -> None:
+        """Have what the guest has written to its console so far in its file."""
         ...
 
     def wait(self, timeout_s: float) -> MachineEnd | None:

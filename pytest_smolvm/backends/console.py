@@ -18,6 +18,7 @@ LIMIT_BYTES = 8 << 20
 KEPT_HEAD_BYTES = 1 << 20
 KEPT_TAIL_BYTES = 2 << 20
 _BLOCK_BYTES = 1 << 16
+_BLOCKS_AT_ONCE = 64
 
 
 class CappedLog:
@@ -65,8 +66,12 @@ class CappedLog:
 class Console:
     """Takes what comes from a guest's console out of a socket, for as long as that is open."""
 
-    def __init__(self, our_end: socket.socket, path: Path) -> None:
+    def __init__(self, our_end: socket.socket, path: Path, sign: bytes = b"") -> None:
         self._socket = our_end
+        self._sign = sign
+        self._before = b""
+        self.has_sign = False
+        """Whether ``sign`` has come."""
         self._log = CappedLog(path)
         self._guard = threading.Lock()
         our_end.setblocking(False)
@@ -75,11 +80,27 @@ class Console:
     def _start(self) -> None:
         asyncio.get_running_loop().add_reader(self._socket.fileno(), self._take)
 
+    def forget_sign(self) -> None:
+        """Wait for the sign to come again."""
+        self.has_sign = False
+
+    def flush(self) -> None:
+        """Write what has come so far."""
+        with self._guard:
+            if self._socket.fileno() >= 0:
+                call_on_host_loop(self._take_all)
+
     def finish(self) -> None:
         """Write what there is to write still; the machine has ended."""
         with self._guard:
             if self._socket.fileno() >= 0:
                 call_on_host_loop(self._finish)
+
+    def _take_all(self) -> None:
+        # As much as the socket holds, and not what comes meanwhile: a flood has no end.
+        for _ in range(_BLOCKS_AT_ONCE):
+            if not self._take():
+                return
 
     def _finish(self) -> None:
         while self._take():
@@ -88,6 +109,8 @@ class Console:
 
     def _take(self) -> bool:
         """Write one block; False if there was none."""
+        if self._socket.fileno() < 0:
+            return False
         try:
             data = self._socket.recv(_BLOCK_BYTES)
         except BlockingIOError:
@@ -97,9 +120,16 @@ class Console:
             data = b""
         if data:
             self._log.write(data)
+            self._look_for_sign(data)
         else:
             self._stop()
         return bool(data)
+
+    def _look_for_sign(self, data: bytes) -> None:
+        if self._sign:
+            text = self._before + data
+            self.has_sign = self.has_sign or self._sign in text
+            self._before = text[-len(self._sign) + 1 :]
 
     def _stop(self) -> None:
         if self._socket.fileno() >= 0:

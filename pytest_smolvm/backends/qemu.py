@@ -100,7 +100,9 @@ class QemuBackend:
                     drop_capabilities=nat is None,  # it gives them up once it has its namespaces
                 )
             # Only QEMU holds its ends now: should it die, ours will tell.
-            machine = QemuMachine(spec, process, port, Console(console, spec.console), nat)
+            machine = QemuMachine(
+                spec, process, port, Console(console, spec.console, spec.console_sign), nat
+            )
             ours_only.push(lambda *error: machine.kill() if error[0] else None)
             if nat is not None:
                 nat.attach(process, deadline)
@@ -220,6 +222,7 @@ class QemuMachine:
         self._monitor = Monitor(
             spec.vm_id, lambda: diagnosis.circumstances(process.pid, spec.console)
         )
+        self._monitor.on_reset = console.forget_sign
         self._has_shared_memory = spec.memory is not None and spec.memory.shared
         self._forwards: dict[int, int] = {}
         self._ssh_port = 0
@@ -304,6 +307,13 @@ class QemuMachine:
     def poll(self) -> MachineEnd | None:
         status = self._process.poll()
         return None if status is None else self._end(status)
+
+    @property
+    def has_given_sign(self) -> bool:
+        return self._console.has_sign
+
+    def flush_console(self) -> None:
+        self._console.flush()
 
     def wait(self, timeout_s: float) -> MachineEnd | None:
         status = self._process.wait(timeout_s)

@@ -41,6 +41,8 @@ class Monitor:
         self.resets = 0
         self.io_error = ""
         """Why the machine was stopped, if its disk could not be read or written."""
+        self.on_reset: Callable[[], object] = lambda: None
+        """Called on the host loop's thread."""
         self.on_io_error: Callable[[], object] = lambda: None
         self._migration = ""
 
@@ -65,6 +67,7 @@ class Monitor:
             async with self._changed:
                 if event["event"] == "RESET":
                     self.resets += 1
+                    self.on_reset()
                 elif event["event"] == "SHUTDOWN":
                     self.shutdown_reason = str(data.get("reason", ""))
                 elif event["event"] == "MIGRATION":

@@ -8,6 +8,9 @@ from pytest_smolvm.usernet import GATEWAY, GUEST_ADDRESS, NAME_SERVER, PREFIX_LE
 
 _SSH_OPTIONS = "-s -W 262144 -r /etc/dropbear/dropbear_ed25519_host_key"
 
+SSH_SIGN = b"Not backgrounding"
+"""What dropbear says on the console (-F -E) once it listens: main_noinetd in svr-main.c."""
+
 COMPANION = "/run/smolvm"
 """Where an imported guest has what it gets from us."""
 

@@ -55,17 +55,17 @@ def test_a_command_in_a_machine_that_is_stopped_says_so(frozen: SmolVM) -> None:
 def test_a_silent_monitor_is_an_error_and_not_the_end(
     frozen: SmolVM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(qmp, "COMMAND_TIMEOUT_S", 1.0)
     (pid,) = qemu_pids()
     for ask in (frozen.pause, lambda: frozen.expose_local(80)):
-        with pytest.raises(OperationTimeoutError) as caught:
-            ask()
+        with monkeypatch.context() as patch:
+            patch.setattr(qmp, "COMMAND_TIMEOUT_S", 1.0)
+            with pytest.raises(OperationTimeoutError) as caught:
+                ask()
         said = str(caught.value)
         assert re.match(r"QEMU's monitor command \S+ was not done within 1 s", said)
         assert f"process {pid} is stopped" in said
         assert CONSOLE in said
     os.kill(pid, signal.SIGCONT)
-    monkeypatch.undo()
     frozen.resume()  # it does now what it was asked to
     assert frozen.run("echo on", timeout=60).output == "on"
 

@@ -61,6 +61,11 @@ class FakeMachine:
     def when_stalled(self, notify: Callable[[], object]) -> None:
         """It never does."""
 
+    has_given_sign = True
+
+    def flush_console(self) -> None:
+        """There is nothing."""
+
     def end_by_guest(self) -> None:
         self._by_guest = True
         self._process.kill()

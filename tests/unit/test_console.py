@@ -90,3 +90,23 @@ def test_an_end_that_nobody_waits_for_closes_the_socket(tmp_path: Path) -> None:
     taken.finish()
     assert (tmp_path / "console.log").read_bytes() == b"bye"
     assert ours.fileno() == -1
+
+
+def test_a_sign_is_seen_wherever_blocks_part(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    taken = Console(ours, tmp_path / "console.log", b"listening")
+    for byte in b"it says: listenin":
+        theirs.sendall(bytes([byte]))
+        taken.flush()
+    assert not taken.has_sign
+    theirs.sendall(b"g now")
+    taken.flush()
+    assert taken.has_sign
+    assert (tmp_path / "console.log").read_bytes() == b"it says: listening now"
+    taken.forget_sign()
+    theirs.sendall(b" and on")
+    taken.flush()
+    assert not taken.has_sign
+    theirs.close()
+    taken.finish()
+    taken.flush()
