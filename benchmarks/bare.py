@@ -21,11 +21,13 @@ from pytest_smolvm.backends import choose
 from pytest_smolvm.backends.base import MachineSpec, MemoryFile
 from pytest_smolvm.backends.qemu_args import qemu_argv
 from pytest_smolvm.disks import create_overlay, link_layer
+from pytest_smolvm.images.guestfiles import SSH_SIGN
 from pytest_smolvm.keys import library_key_pair
 from pytest_smolvm.store import Store
 from pytest_smolvm.templates import Template
 
 _BOOT_TIMEOUT_S = 60
+CONSOLE = "bare.console"
 
 
 def free_port() -> int:
@@ -56,6 +58,7 @@ class Setting:
     def command_line(self, port: int, monitor_fd: int, port_fd: int) -> Iterator[list[str]]:
         """For one machine, on a new disk: a copy of an empty one."""
         self._number += 1
+        (self.folder / CONSOLE).unlink(missing_ok=True)
         disk = self.folder / f"{self._number}.qcow2"
         shutil.copyfile(self._empty, disk)
         template = self.template
@@ -70,7 +73,7 @@ class Setting:
             disk=self._disk,
             network="isolated",
             accelerator=self._backend.accelerator,
-            console=self.folder / "bare.console",
+            console=self.folder / CONSOLE,
             machine_log=self.folder / "bare.log",
             memory=MemoryFile(template.path / "memory", shared=False) if template else None,
             state=template.path / "state" if template else None,
@@ -82,13 +85,16 @@ class Setting:
             binary=backend.binary,
             monitor_fd=monitor_fd,
             port_fd=port_fd,
+            console_fd=-1,
         )
-        yield [
-            word.replace("tcp:127.0.0.1:0-", f"tcp:127.0.0.1:{port}-").replace(
-                str(self._empty), str(disk)
-            )
-            for word in argv
-        ]
+        ours = {
+            "tcp:127.0.0.1:0-": f"tcp:127.0.0.1:{port}-",
+            str(self._empty): str(disk),
+            "socket,id=console,fd=-1": f"file,id=console,path={spec.console}",
+        }
+        for theirs, own in ours.items():
+            argv = [word.replace(theirs, own) for word in argv]
+        yield argv
         disk.unlink()
 
 
@@ -118,8 +124,9 @@ class BareGuest:
             self._resume(state.fileno())
             state.close()
         if over_tcp:
-            # A restored guest is up: more patience gets the banner sooner.
-            sock = self._wait_for_banner(tcp_port, 1.0 if setting.template else 0.1)
+            if not setting.template:
+                self._wait_for_sign(setting.folder / CONSOLE)
+            sock = self._wait_for_banner(tcp_port)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         else:
             sock = self._wake()
@@ -162,12 +169,19 @@ class BareGuest:
         self._port.sendall(b"G")
         return self._port
 
-    def _wait_for_banner(self, port: int, patience_s: float) -> socket.socket:
+    def _wait_for_sign(self, console: Path) -> None:
+        # QEMU accepts before the guest listens: an early attempt would only be in the way.
+        end = time.monotonic() + _BOOT_TIMEOUT_S
+        while time.monotonic() < end and self.process.poll() is None:
+            if console.exists() and SSH_SIGN in console.read_bytes():
+                return
+            time.sleep(0.005)
+
+    def _wait_for_banner(self, port: int) -> socket.socket:
         end = time.monotonic() + _BOOT_TIMEOUT_S
         while time.monotonic() < end and self.process.poll() is None:
             sock = socket.socket()
-            # QEMU accepts before the guest listens: an early attempt is lost.
-            sock.settimeout(patience_s)
+            sock.settimeout(1.0)
             try:
                 sock.connect(("127.0.0.1", port))
                 if sock.recv(1, socket.MSG_PEEK):
