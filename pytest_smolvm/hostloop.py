@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
 import os
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from pytest_smolvm.errors import OperationTimeoutError
+from pytest_smolvm.identity import ProcessIdentity
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -91,3 +95,21 @@ def call_on_host_loop(function: Callable[[], T]) -> T:
         return function()
 
     return await_result(call(), operation="starting a process", timeout_s=60)
+
+
+def end_with(process: ProcessIdentity) -> None:
+    """Have this process end at once, and with it its machines, when another one ends.
+
+    Not by its parent-death signal, which would follow the thread that started us. Where the
+    kernel cannot tell of a process's end (Linux before 5.3, macOS), nothing is done.
+    """
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except (AttributeError, OSError) as error:
+        if not process.is_alive():
+            os._exit(1)
+        logger.debug("the end of process %d cannot be watched: %s", process.pid, error)
+        return
+    call_on_host_loop(lambda: asyncio.get_running_loop().add_reader(descriptor, os._exit, 1))
+    if not process.is_alive():  # and its number may be another's by now
+        os._exit(1)

@@ -9,7 +9,7 @@ import pytest
 
 from pytest_smolvm.images.projects import find_project
 from pytest_smolvm.plugin.progress import show_progress, shown_live
-from pytest_smolvm.plugin.session import existing_fleet, fleet_of
+from pytest_smolvm.plugin.session import end_with_controller, existing_fleet, fleet_of
 from pytest_smolvm.plugin.settings import settings_of
 from pytest_smolvm.plugin.summary import wants_vm_of_its_own
 from pytest_smolvm.plugin.wanted import (
@@ -32,6 +32,7 @@ def smolvm_images(pytestconfig: pytest.Config) -> ImageBuilder:
     """The ImageBuilder that makes the images of this run, and shows its progress."""
     from pytest_smolvm.image_builder import ImageBuilder
 
+    end_with_controller(pytestconfig)
     return ImageBuilder(
         progress=lambda line: show_progress(pytestconfig, line),
         project=find_project(pytestconfig.rootpath),

@@ -33,6 +33,7 @@ class TestRun:
 
 _run_key = pytest.StashKey[TestRun]()
 _fleet_key = pytest.StashKey["Fleet"]()
+_bound_key = pytest.StashKey[bool]()
 
 
 def run_of(config: pytest.Config) -> TestRun:
@@ -64,10 +65,25 @@ def fleet_of(config: pytest.Config) -> Fleet:
     """The VMs of this process, whose library is loaded with the first of them."""
     fleet = config.stash.get(_fleet_key, None)
     if fleet is None:
+        end_with_controller(config)
         from pytest_smolvm.plugin.fleet import Fleet
 
         fleet = config.stash[_fleet_key] = Fleet(config)
     return fleet
+
+
+def end_with_controller(config: pytest.Config) -> None:
+    """Have a worker of xdist end as soon as its controller is no more, whatever it does then.
+
+    execnet lets it go on for up to a quarter of a minute, and its machines with it.
+    """
+    heir = run_of(config).heir
+    if heir is not None and not config.stash.get(_bound_key, False):
+        from pytest_smolvm.hostloop import end_with
+        from pytest_smolvm.identity import ProcessIdentity
+
+        config.stash[_bound_key] = True
+        end_with(ProcessIdentity(*heir))
 
 
 def existing_fleet(config: pytest.Config) -> Fleet | None:

@@ -109,6 +109,43 @@ def test_a_worker_that_is_killed_takes_its_machines_with_it(
         assert entry.record.retained is not None
 
 
+def test_workers_end_with_their_controller_whatever_they_do(
+    pytester: pytest.Pytester, no_vms: Path
+) -> None:
+    """Before execnet notices, which interrupts them after five seconds, and waits ten more."""
+    marker, interrupted = pytester.path / "in-the-test", pytester.path / "interrupted"
+    pytester.makepyfile(
+        f"""
+        import os, time
+        from pathlib import Path
+
+        def test_long(smolvm):
+            Path("{marker}.new").write_text(str(os.getpid()))
+            os.rename("{marker}.new", "{marker}")
+            try:
+                time.sleep(600)
+            finally:
+                Path("{interrupted}").touch()
+        """
+    )
+    with start("-n1") as run:
+        wait_for(marker.exists, run)
+        (entry,) = inventory(Store(no_vms))
+        ours = [
+            ProcessIdentity.of(pid) for pid in (int(marker.read_text()), entry.record.machine_pid)
+        ]
+        assert None not in ours
+        run.kill()
+        deadline = time.monotonic() + 60
+        while any(process and process.is_alive() for process in ours):
+            assert time.monotonic() < deadline, "the worker and its machine outlived the run"
+            time.sleep(0.005)
+        run.communicate(timeout=60)
+    assert not interrupted.exists()
+    store = Store(no_vms)
+    assert store.sweep() == [entry.record.vm_id]
+
+
 def test_a_worker_ends_machines_that_are_past_answering_before_xdist_ends_it(
     pytester: pytest.Pytester, no_vms: Path
 ) -> None:
