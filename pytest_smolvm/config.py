@@ -18,6 +18,7 @@ from pytest_smolvm.limits import (
     MEM_SIZE_MIB,
     VCPU_COUNT,
 )
+from pytest_smolvm.paths import is_file
 
 DEFAULT_BOOT_ARGS = "console=ttyS0 reboot=k panic=1 pci=off"
 """The boot arguments of a VM that asks for none: it boots the image's own init."""
@@ -186,7 +187,7 @@ class VMConfig(BaseModel):
         if self.initrd_path is not None:
             return self.initrd_path
         beside = self.kernel_path.with_name(f"{self.kernel_path.name}.initrd")
-        return beside if os.path.isfile(beside) else None  # noqa: PTH113 - a bad name is "no"
+        return beside if is_file(beside) else None
 
     @property
     def offers_ssh(self) -> bool:

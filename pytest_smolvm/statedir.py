@@ -18,6 +18,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from pytest_smolvm.errors import OperationTimeoutError, SmolVMError
+from pytest_smolvm.paths import expanded
 
 BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's: stat(2)
 STATE_DIR_VARIABLE = "SMOLVM_STATE_DIR"
@@ -31,7 +32,7 @@ def platform_state_dir() -> Path:
 def default_state_dir() -> Path:
     """``SMOLVM_STATE_DIR``, or the platform's."""
     given = os.environ.get(STATE_DIR_VARIABLE)
-    return Path(given).expanduser().absolute() if given else platform_state_dir()
+    return expanded(given).absolute() if given else platform_state_dir()
 
 
 def make_private_dir(path: Path) -> Path:
@@ -175,7 +176,7 @@ def read_json(path: Path) -> Any:
     """The JSON in a cache file; None when it is missing or broken (a cache may be either)."""
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

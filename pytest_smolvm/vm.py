@@ -28,6 +28,7 @@ from pytest_smolvm.images.kernel import kernel_architecture
 from pytest_smolvm.inside import Inside
 from pytest_smolvm.journal import Journal
 from pytest_smolvm.outside import Outside
+from pytest_smolvm.paths import expanded
 from pytest_smolvm.process import Deadline
 from pytest_smolvm.records import Retained, Usage, VMRecord, VMState, new_record, read_record
 from pytest_smolvm.startup import Preparation, Startup
@@ -70,7 +71,7 @@ class SmolVM(Startup, Inside, Outside):
         restore: bool = True,
     ) -> None:
         overrides = {"vm_id": vm_id, "backend": backend, "mem_size_mib": mem_size_mib}
-        key_path = Path(ssh_key_path).expanduser() if ssh_key_path else None
+        key_path = expanded(ssh_key_path) if ssh_key_path else None
         self._prepare(_settle_config(config, overrides), shared_store(), ssh_user, key_path)
         self._wanted_accelerator = accelerator
         self._restore = restore

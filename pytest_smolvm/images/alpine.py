@@ -19,6 +19,7 @@ from pytest_smolvm.images import apk
 from pytest_smolvm.images.apk import IndexedPackage
 from pytest_smolvm.images.cache import Progress, StalePackagesError
 from pytest_smolvm.images.download import NotThereError, download
+from pytest_smolvm.paths import expanded
 from pytest_smolvm.statedir import read_json, write_json
 
 MIRROR_VARIABLE = "SMOLVM_ALPINE_MIRROR"
@@ -47,7 +48,7 @@ def mirror_of(given: str | None) -> str:
 def keys_folder(architecture: str) -> Path:
     """Where the public keys lie that are trusted: ``SMOLVM_ALPINE_KEYS``, or Alpine's own."""
     given = os.environ.get(KEYS_VARIABLE)
-    return Path(given).expanduser().absolute() if given else _KEYS / architecture
+    return expanded(given).absolute() if given else _KEYS / architecture
 
 
 class AlpinePackages:

@@ -30,6 +30,7 @@ from pytest_smolvm.images.recipes import NAME
 from pytest_smolvm.images.toolbox import ToolSource, tools_for
 from pytest_smolvm.keys import check_public_key, library_key_pair
 from pytest_smolvm.limits import ARCHITECTURES, host_architecture
+from pytest_smolvm.paths import expanded
 from pytest_smolvm.process import ToolError
 from pytest_smolvm.statedir import default_state_dir
 from pytest_smolvm.store import Store
@@ -254,8 +255,8 @@ class DistributionBuilder:
         Made once for the same contents; of a directory, what counts is the names, sizes and times
         of what is in it.
         """
-        path = Path(source).expanduser().absolute()
-        kernel_path = Path(kernel).expanduser().absolute() if kernel else None
+        path = expanded(source).absolute()
+        kernel_path = expanded(kernel).absolute() if kernel else None
         architecture = _check_architecture(arch)
         if rootfs_size_mb is not None:
             _check_size(rootfs_size_mb, _SMALLEST_ROOTFS_MB)

@@ -23,7 +23,7 @@ def recipe_tables(source: Path) -> dict[str, Any]:
     """The tables ``[tool.smolvm.images.NAME]``, by name. Raises ``ImageError``."""
     try:
         found: Any = tomllib.loads(source.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ImageError(f"{source} cannot be read: {error}") from error
     for key in ("tool", "smolvm", "images"):
         found = found.get(key, {}) if isinstance(found, dict) else None

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pytest_smolvm.errors import ImageError
 from pytest_smolvm.images.projects import PYPROJECT, recipe_tables
 from pytest_smolvm.limits import IMAGES
+from pytest_smolvm.paths import exists, expanded
 
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 _PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._:=~<>@-]*")
@@ -88,7 +89,7 @@ class Recipes:
 
     def path(self, given: str | Path) -> Path:
         """A path of a recipe, from where it was written."""
-        return self.source.parent / Path(given).expanduser()
+        return self.source.parent / expanded(given)
 
 
 def read_recipes(source: Path | None) -> Recipes:
@@ -120,7 +121,7 @@ def _check(name: str, recipes: Recipes) -> None:
     recipe = recipes.by_name[name]
     where = _table(name, recipes.source)
     for what in [recipe.rootfs, recipe.kernel, *recipe.files]:
-        if what is not None and not recipes.path(what).exists():
+        if what is not None and not exists(recipes.path(what)):
             raise ImageError(
                 f"{where}: {str(what)!r} does not exist ({recipes.path(what)}); paths are relative "
                 f"to {recipes.source.parent}",

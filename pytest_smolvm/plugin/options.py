@@ -79,7 +79,7 @@ def seconds(value: Any) -> float:
     """A number of seconds above 0; else ``ValueError``."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = 0.0
     if isinstance(value, bool) or not 0 < number < float("inf"):
         raise ValueError("give seconds, more than 0")

@@ -12,6 +12,7 @@ import pytest
 from pytest_smolvm.errors import ImageError
 from pytest_smolvm.images.projects import find_project, recipe_tables
 from pytest_smolvm.limits import DEFAULT_IMAGE, IMAGES
+from pytest_smolvm.paths import expanded, is_file
 from pytest_smolvm.plugin.options import OPTIONS, Option
 
 _MARKER_LINE = (
@@ -99,7 +100,7 @@ def _check(option: Option, source: str, value: Any) -> Any:
         converted = option.convert(value)
     except ValueError as error:
         raise pytest.UsageError(f"{source} = {value!r} is not valid: {error}") from None
-    if option.convert is Path and option.is_config_field and not converted.is_file():
+    if option.convert is Path and option.is_config_field and not is_file(converted):
         raise pytest.UsageError(
             f"{source} = {str(value)!r} is not valid: there is no such file; give the path of one"
         )
@@ -142,4 +143,4 @@ def _given(config: pytest.Config, option: Option) -> tuple[str, Any]:
 def _path_from(base: Path, value: Any, option: Option) -> Any:
     # A path on the command line is relative to where pytest was started, one in
     # an ini file to that file.
-    return base / Path(value).expanduser() if option.convert is Path else value
+    return base / expanded(value) if option.convert is Path else value

@@ -144,11 +144,17 @@ class FakeBackend:
 class FakeConnections:
     """What ``Guest`` talks through."""
 
-    def __init__(self, address: tuple[str, int], login: Login, check_usable: Any) -> None:
+    def __init__(
+        self,
+        address: tuple[str, int],
+        login: Login,
+        check_usable: Callable[[], None],
+        is_up: Callable[[], bool],
+    ) -> None:
         self.machine = _machines.get(address)
         self._check_usable = check_usable
 
-    def open(self, deadline: Deadline) -> float:
+    def open(self, deadline: Deadline, *, is_up: bool = False) -> float:
         self._check_usable()
         return time.monotonic()
 
