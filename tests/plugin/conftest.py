@@ -23,6 +23,9 @@ fakes.install()
 Suite = Callable[..., pytest.RunResult]
 
 
+OTHER_PLUGINS = ("asyncio", "rerunfailures", "timeout", "hypothesispytest")
+
+
 @pytest.fixture(autouse=True)
 def as_at_a_desk(monkeypatch: pytest.MonkeyPatch) -> None:
     """pytest's output does not depend on whether this runs in CI."""
@@ -34,12 +37,12 @@ def as_at_a_desk(monkeypatch: pytest.MonkeyPatch) -> None:
 def without_other_plugins(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plugins that our own checks bring are left out, unless a test is about them."""
     # After pytester, which clears the variable.
-    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:asyncio -p no:rerunfailures")
+    monkeypatch.setenv("PYTEST_ADDOPTS", " ".join(f"-p no:{name}" for name in OTHER_PLUGINS))
 
 
 @pytest.fixture
 def with_other_plugins(without_other_plugins: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """pytest-asyncio and pytest-rerunfailures are there."""
+    """pytest-asyncio, pytest-rerunfailures, pytest-timeout and hypothesis are there."""
     monkeypatch.delenv("PYTEST_ADDOPTS")
 
 
