@@ -136,8 +136,17 @@ def _given(config: pytest.Config, option: Option) -> tuple[str, Any]:
         raise pytest.UsageError(f"{source} is not valid: {error} ({option.help})") from None
     if value in (None, "", []):
         return source, None
+    _check_type(option, source, value)
     base = config.inipath.parent if config.inipath else config.rootpath
     return source, _path_from(base, value, option)
+
+
+def _check_type(option: Option, source: str, value: Any) -> None:
+    """TOML's own types come as they are, with a mere warning of pytest's, if with that."""
+    if option.ini_type == "string" and not isinstance(value, str):
+        raise pytest.UsageError(f"{source} = {value!r} is not valid: give a text, in quotes")
+    if option.ini_type == "linelist" and not all(isinstance(line, str) for line in value):
+        raise pytest.UsageError(f"{source} = {value!r} is not valid: give a list of texts")
 
 
 def _path_from(base: Path, value: Any, option: Option) -> Any:
