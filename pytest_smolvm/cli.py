@@ -29,13 +29,14 @@ from pytest_smolvm.doctor import examine
 from pytest_smolvm.errors import SmolVMError
 from pytest_smolvm.images.cache import ImageCache
 from pytest_smolvm.inventory import Entry, inventory
+from pytest_smolvm.joined import JoinedVM
 from pytest_smolvm.records import VMState
 from pytest_smolvm.statedir import STATE_DIR_VARIABLE
 from pytest_smolvm.store import Store
 from pytest_smolvm.tables import duration, print_table
 from pytest_smolvm.templates import Templates
 from pytest_smolvm.terminal import harmless
-from pytest_smolvm.vm import JoinedVM, SmolVM
+from pytest_smolvm.vm import SmolVM
 
 _WAY_IN_TIMEOUT_S = 60.0
 

@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -22,6 +23,8 @@ from pytest_smolvm.images.debian import DebianPackages
 from pytest_smolvm.images.kernel import ELF_MAGIC
 from pytest_smolvm.images.toolbox import DEBIAN_KERNELS, DEBIAN_PACKAGES
 from pytest_smolvm.statedir import try_lock
+
+KILLS = int(os.environ.get("SMOLVM_TEST_KILLS", "4"))
 
 BUILD = """
 import sys
@@ -135,7 +138,7 @@ def test_whenever_a_build_is_killed_the_next_one_is_right(cache: Path) -> None:
         assert build.wait(300) == 0
     whole_s = time.monotonic() - began
     shutil.rmtree(cache / images(cache)[0])
-    for _ in range(20):
+    for _ in range(KILLS):
         moment_s = moments.uniform(0, whole_s)
         with start_build(cache) as build:
             with contextlib.suppress(subprocess.TimeoutExpired):

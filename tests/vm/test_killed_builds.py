@@ -26,7 +26,7 @@ from pytest_smolvm.store import Store
 from tests.alpine import Server
 from tests.conftest import qemu_pids
 
-KILLS = int(os.environ.get("SMOLVM_TEST_KILLS", "3"))
+KILLS = int(os.environ.get("SMOLVM_TEST_KILLS", "1"))
 
 PREAMBLE = """
 import sys
