@@ -48,7 +48,7 @@ def test_a_soak_sees_what_grows_by_one_in_ten_vms(name: str) -> None:
     ]
 
 
-@pytest.mark.parametrize(("name", "per_vm"), [("memory_kib", 20), ("disk_kib", 20)])
+@pytest.mark.parametrize(("name", "per_vm"), [("memory_kib", 60), ("disk_kib", 60)])
 def test_a_soak_sees_what_grows_with_each_vm(name: str, per_vm: int) -> None:
     samples = [sample(**{name: number * per_vm}) for number in range(100)]
     assert [grown.name for grown in growth(samples, [sample()] * 100) if not grown.is_flat] == [

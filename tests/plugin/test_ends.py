@@ -19,6 +19,9 @@ from tests.plugin.runs import long_test, start, wait_for
 pytestmark = pytest.mark.usefixtures("micro", "with_other_plugins")
 
 HANGS = """
+import pytest
+
+@pytest.mark.timeout(3, func_only=True)
 def test_hangs(smolvm):
     smolvm.run("sleep 600", timeout=600)
 
@@ -56,7 +59,7 @@ def test_a_test_that_pytest_timeout_ends_by_a_signal_fails_and_the_next_one_runs
     pytester: pytest.Pytester, state: Path
 ) -> None:
     pytester.makepyfile(HANGS)
-    run = start("-v", "--timeout=20", "--timeout-method=signal", "-o", "timeout_func_only=true")
+    run = start("-v", "--timeout-method=signal")
     output = end(run)
     assert run.returncode == pytest.ExitCode.TESTS_FAILED
     assert "1 failed, 1 passed" in output, output
@@ -91,7 +94,7 @@ def test_a_run_that_pytest_timeout_ends_by_its_thread_leaves_nothing_running(
 ) -> None:
     """It calls os._exit, so what is on the disk is the next run's to sweep."""
     pytester.makepyfile(HANGS)
-    run = start("--timeout=15", "--timeout-method=thread")
+    run = start("--timeout-method=thread")
     output = end(run)
     assert "Timeout" in output, output
     assert "test_hangs" in output, output  # it shows where everybody was
