@@ -26,7 +26,8 @@ from tests.faults import scene
 from tests.faults.scene import Findings, Scene, descendants
 
 _RUN_TIMEOUT_S = 300
-_ALL = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+_NOT_NEEDED = ("cacheprovider", "anyio", "asyncio", "hypothesispytest", "rerunfailures", "timeout")
+_ALL = (sys.executable, "-m", "pytest", "-q", *(f"-pno:{name}" for name in _NOT_NEEDED))
 _PASSES = (*_ALL, "-k", "test_passes")
 _APP = (str(COMMAND), "image", "build", "app")
 
@@ -87,8 +88,10 @@ def run_whole(scene_: Scene, point: Point) -> None:
         raise SystemExit(f"{point.name}: undisturbed, and yet: {undisturbed.all()}")
 
 
-def kill_once(scene_: Scene, point: Point, moment_s: float, grace_s: float) -> Findings:
-    """One kill, and what was wrong after it."""
+def kill_once(
+    scene_: Scene, point: Point, moment_s: float, grace_s: float
+) -> tuple[bool, Findings]:
+    """Whether there was anybody to kill still, and what was wrong after it."""
     findings = Findings()
     point.before(scene_)
     with scene_.start(*point.command) as process:
@@ -117,7 +120,7 @@ def kill_once(scene_: Scene, point: Point, moment_s: float, grace_s: float) -> F
     _reap()
     scene_.check(findings)
     _run_next(scene_, point, findings)
-    return findings
+    return bool(victims), findings
 
 
 def _find_victims(process: subprocess.Popen[str], point: Point) -> list[psutil.Process]:
@@ -176,20 +179,24 @@ def table(done: list[Point]) -> str:
 
 
 def attack(scene_: Scene, kills: int, grace_s: float, *, verbose: bool) -> list[Point]:
-    """Spread the kills over all points."""
+    """Spread the kills over all points, until there were so many, or somebody presses Ctrl-C."""
     scene_.keep_a_disk()
     attacked = points()[:kills]
     for point in attacked:
         run_whole(scene_, point)
-    for number in range(kills):
-        point = attacked[number % len(attacked)]
-        moment_s = random.uniform(0, point.whole_s)  # noqa: S311 - a moment, no secret
-        findings = kill_once(scene_, point, moment_s, grace_s)
-        point.kills += 1
-        point.findings.add(findings)
-        if verbose or findings.all():
-            said = "\n  ".join(findings.all()) or "as promised"
-            print(f"{number + 1}: {point.name} at {moment_s:.2f} s: {said}", flush=True)
+    done = 0
+    with contextlib.suppress(KeyboardInterrupt):
+        while done < kills:
+            point = min(attacked, key=lambda point: point.kills)
+            moment_s = random.uniform(0, point.whole_s)  # noqa: S311 - a moment, no secret
+            was_alive, findings = kill_once(scene_, point, moment_s, grace_s)
+            point.findings.add(findings)
+            point.kills += was_alive
+            done += was_alive
+            if verbose or findings.all():
+                said = "\n  ".join(findings.all()) or "as promised"
+                at = f"at {moment_s:.2f} s" if was_alive else "too late"
+                print(f"{done}: {point.name} {at}: {said}", flush=True)
     return attacked
 
 
