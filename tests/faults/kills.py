@@ -29,6 +29,7 @@ _RUN_TIMEOUT_S = 300
 _NOT_NEEDED = ("cacheprovider", "anyio", "asyncio", "hypothesispytest", "rerunfailures", "timeout")
 _ALL = (sys.executable, "-m", "pytest", "-q", *(f"-pno:{name}" for name in _NOT_NEEDED))
 _PASSES = (*_ALL, "-k", "test_passes")
+_ON_TWO = (*_ALL, "-n2", "--dist=loadgroup")
 _APP = (str(COMMAND), "image", "build", "app")
 
 Victims = Callable[[psutil.Process], list[psutil.Process]]
@@ -65,8 +66,8 @@ def points() -> list[Point]:
     """All points of attack."""
     return [
         Point("pytest", _ALL),
-        Point("controller of xdist", (*_ALL, "-n2")),
-        Point("worker of xdist", (*_ALL, "-n2"), _workers),
+        Point("controller of xdist", _ON_TWO),
+        Point("worker of xdist", _ON_TWO, _workers),
         Point("QEMU", _ALL, _machines),
         Point("image build", _APP, before=Scene.forget_images, next_run=_APP),
         Point("template making", _ALL, before=Scene.forget_templates),
@@ -112,7 +113,8 @@ def kill_once(
             process.kill()
             output = process.communicate()[0]
             findings.next_run.append(f"the run did not end: {output[-2000:]}")
-    if "INTERNALERROR" in output:
+    # execnet's own trouble with a worker that is killed while it starts is not ours.
+    if "INTERNALERROR" in output and "in setup_nodes" not in output:
         findings.next_run.append(f"the run broke: {output[-3000:]}")
     took_s, living = scene.wait_for_end(descendants, grace_s)
     point.slowest_end_s = max(point.slowest_end_s, took_s)

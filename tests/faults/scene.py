@@ -30,11 +30,14 @@ _PR_SET_CHILD_SUBREAPER = 36
 TESTS = f"""
 import os, pathlib, pytest
 
+# On one worker, and so one after the other.
+@pytest.mark.xdist_group("kept")
 def test_fails_and_its_vm_is_kept(smolvm):
     smolvm.write_text("{CANARY}", "of the test that failed")
     smolvm.run("sync", check=True)
     assert not "a fault"
 
+@pytest.mark.xdist_group("kept")
 def test_comes_after_it():
     pathlib.Path(os.environ["KEPT_ONE"]).touch()
 
