@@ -280,6 +280,9 @@ def execute(
         ready = channel.fileno()
         while True:
             moved = False
+            # Looked at before what has come is taken: more may come at any moment, and these last.
+            ended = channel.eof_received or channel.closed
+            has_status = channel.exit_status_ready()
             if channel.recv_ready():
                 on_stdout(channel.recv(_CHUNK_BYTES))
                 moved = True
@@ -290,12 +293,12 @@ def execute(
                 raise OperationTimeoutError(operation, deadline.timeout_s)
             if moved:
                 continue
-            if channel.eof_received or channel.closed:
+            if ended:
                 break
             readable = wait_readable(ready, min(_QUIET_S, deadline.remaining_s()))
             # A daemon that the command left behind may hold its output open for
-            # ever; the command itself is over once its status has come.
-            if not readable and channel.exit_status_ready():
+            # ever; the command itself is over once its status has come, and nothing since.
+            if not readable and has_status:
                 break
         if not channel.status_event.wait(deadline.remaining_s()):
             raise OperationTimeoutError(operation, deadline.timeout_s)

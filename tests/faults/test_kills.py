@@ -64,7 +64,7 @@ def sample(**values: int) -> dict[str, int]:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
-    for name in ("SMOLVM_STATE_DIR", "KEPT_ONE"):
+    for name in ("SMOLVM_STATE_DIR", "KEPT_ONE", "SYNCED"):
         monkeypatch.setenv(name, "restored by monkeypatch")  # the scene sets them
     scene = Scene(tmp_path)
     image = scene.state / "images" / "one-0123"

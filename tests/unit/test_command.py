@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 import subprocess
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import paramiko
 import pytest
@@ -14,6 +16,7 @@ from pytest_smolvm import (
     CommandResult,
     OperationTimeoutError,
     SmolVMError,
+    command,
 )
 from pytest_smolvm.command import execute, shell_line, shorten, wrap
 from pytest_smolvm.guest import listening_ports
@@ -155,6 +158,87 @@ def test_a_server_that_does_not_answer_is_waited_for_no_longer_than_the_timeout(
             mute.over.set()
             # Answered in its turn: then nothing is on its way any more to what is closed next.
             client.global_request("ping@example.org", wait=True)
+
+
+class _Prints(_Mute):
+    """A server whose commands print a line and end, when they are told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+
+    def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
+        threading.Thread(target=self._run, args=(channel,)).start()
+        return True
+
+    def _run(self, channel: paramiko.Channel) -> None:
+        self.go.wait(10)
+        channel.sendall(b"here")
+        channel.send_exit_status(3)
+        channel.shutdown_write()
+        self.over.wait(10)
+        channel.close()
+
+
+@pytest.fixture
+def prints() -> Iterator[tuple[paramiko.Transport, _Prints]]:
+    ours, theirs = socket.socketpair()
+    prints = _Prints()
+    with paramiko.Transport(theirs) as server, paramiko.Transport(ours) as client:
+        server.add_server_key(paramiko.ECDSAKey.generate())
+        server.start_server(event=threading.Event(), server=prints)
+        client.start_client(timeout=10)
+        client.auth_none("root")
+        try:
+            yield client, prints
+        finally:
+            prints.go.set()
+            prints.over.set()
+
+
+def test_output_that_comes_with_the_end_just_after_nothing_was_there(
+    prints: tuple[paramiko.Transport, _Prints], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, server = prints
+    real = paramiko.Channel.recv_ready
+
+    def comes_just_after(channel: paramiko.Channel) -> bool:
+        was_there = real(channel)
+        if not server.go.is_set():
+            server.go.set()
+            while not channel.eof_received:
+                channel.status_event.wait(0.01)
+        return was_there
+
+    monkeypatch.setattr(paramiko.Channel, "recv_ready", comes_just_after)
+    printed = bytearray()
+    assert execute(client, "it", deadline=Deadline(10), on_stdout=printed.extend) == 3
+    assert printed == b"here"
+
+
+def test_output_that_comes_with_the_status_just_after_a_silence(
+    prints: tuple[paramiko.Transport, _Prints], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, server = prints
+    real_start, real_wait = command._start, command.wait_readable
+    channels: list[paramiko.Channel] = []
+
+    def noted(*arguments: Any) -> paramiko.Channel:
+        channels.append(real_start(*arguments))
+        return channels[-1]
+
+    def comes_just_after(descriptor: int, timeout_s: float) -> bool:
+        if server.go.is_set():
+            return real_wait(descriptor, timeout_s)
+        server.go.set()
+        channels[-1].status_event.wait(10)
+        return False
+
+    monkeypatch.setattr(command, "_start", noted)
+    monkeypatch.setattr(command, "wait_readable", comes_just_after)
+    printed = bytearray()
+    assert execute(client, "it", deadline=Deadline(10), on_stdout=printed.extend) == 3
+    assert printed == b"here"
 
 
 def test_an_error_shows_what_a_command_printed_without_what_drives_terminals() -> None:
