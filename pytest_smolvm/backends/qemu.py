@@ -219,9 +219,7 @@ class QemuMachine:
         self._listens_on = listening_address(spec)
         self._inner_ports: dict[int, int] = {}
         self._port = port
-        self._monitor = Monitor(
-            spec.vm_id, lambda: diagnosis.circumstances(process.pid, spec.console)
-        )
+        self._monitor = Monitor(lambda: diagnosis.circumstances(process.pid, spec.console))
         self._monitor.on_reset = console.forget_sign
         self._has_shared_memory = spec.memory is not None and spec.memory.shared
         self._forwards: dict[int, int] = {}

@@ -30,10 +30,10 @@ _MIGRATION_ENDS = ("completed", "failed", "cancelled")
 class Monitor:
     """The monitor of one QEMU process; remembers the events that explain its end."""
 
-    def __init__(self, name: str, circumstances: Callable[[], str] = str) -> None:
+    def __init__(self, circumstances: Callable[[], str] = str) -> None:
         """``circumstances`` tells what may explain that QEMU does not answer."""
         self._circumstances = circumstances
-        self._client = QMPClient(name)
+        self._client = QMPClient()  # with a name it would make a logger, which lives for ever
         self._listener = EventListener(names={"SHUTDOWN", "RESET", "MIGRATION", "BLOCK_IO_ERROR"})
         self._watcher: asyncio.Task[None] | None = None
         self._changed: asyncio.Condition | None = None

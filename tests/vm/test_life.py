@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -96,6 +97,16 @@ def test_vms_of_one_image_do_not_see_each_others_disks(micro_config: VMConfig) -
         one.write_text("/root/canary", "one")
         assert not two.run("ls /root/canary").ok
         assert one.run("hostname").ok
+
+
+def test_no_vm_leaves_a_logger_behind(micro_config: VMConfig) -> None:
+    """Loggers live for as long as the process."""
+    names = []
+    for _ in range(2):
+        with SmolVM(micro_config) as vm:
+            vm.run("true", check=True)
+        names.append(set(logging.root.manager.loggerDict))
+    assert names[0] == names[1]
 
 
 def test_an_id_is_taken_while_its_vm_lives(micro_config: VMConfig) -> None:
