@@ -102,8 +102,8 @@ def test_vms_of_one_image_do_not_see_each_others_disks(micro_config: VMConfig) -
 def test_no_vm_leaves_a_logger_behind(micro_config: VMConfig) -> None:
     """Loggers live for as long as the process."""
     names = []
-    for _ in range(2):
-        with SmolVM(micro_config) as vm:
+    for vm_id in ("one", "two"):
+        with SmolVM(changed(micro_config, vm_id=vm_id)) as vm:
             vm.run("true", check=True)
         names.append(set(logging.root.manager.loggerDict))
     assert names[0] == names[1]
