@@ -29,7 +29,7 @@ _RUN_TIMEOUT_S = 300
 _NOT_NEEDED = ("cacheprovider", "anyio", "asyncio", "hypothesispytest", "rerunfailures", "timeout")
 _ALL = (sys.executable, "-m", "pytest", "-q", *(f"-pno:{name}" for name in _NOT_NEEDED))
 _PASSES = (*_ALL, "-k", "test_passes")
-_ON_TWO = (*_ALL, "-n2", "--dist=loadgroup")
+_ON_TWO = (*_ALL, "-n2")
 _APP = (str(COMMAND), "image", "build", "app")
 
 Victims = Callable[[psutil.Process], list[psutil.Process]]
