@@ -12,7 +12,7 @@ from tests.plugin.runs import interrupt, long_test, start
 
 
 def test_real_vms_are_booted_one_per_test_and_shown_when_it_fails(
-    pytester: pytest.Pytester, state_dir: Path
+    pytester: pytest.Pytester, no_vms: Path
 ) -> None:
     others = qemu_pids()
     pytester.makepyfile(
@@ -61,12 +61,12 @@ def test_real_vms_are_booted_one_per_test_and_shown_when_it_fails(
     assert int(counts[1]) + int(counts[2]) == 3
     result.stdout.no_fnmatch_line("*guest.py*")  # where in our code it was raised helps nobody
     assert "\x1b[31m" not in result.stdout.str()
-    assert list((state_dir / "vms").iterdir()) == []
+    assert list((no_vms / "vms").iterdir()) == []
     assert qemu_pids() == others
 
 
 def test_a_vm_that_does_not_boot_is_an_error_of_its_test_with_the_console(
-    pytester: pytest.Pytester, micro: tuple[Path, Path], state_dir: Path
+    pytester: pytest.Pytester, micro: tuple[Path, Path], no_vms: Path
 ) -> None:
     pytester.makepyfile(
         """
@@ -84,12 +84,12 @@ def test_a_vm_that_does_not_boot_is_an_error_of_its_test_with_the_console(
     )
     result.stdout.no_fnmatch_line("*fixtures.py*")
     assert result.stdout.str().count("Kernel panic - not syncing") == 1
-    assert list((state_dir / "vms").iterdir()) == []
+    assert list((no_vms / "vms").iterdir()) == []
 
 
 @pytest.mark.parametrize("when", ["while booting", "in the test"])
 def test_ctrl_c_leaves_nothing(
-    pytester: pytest.Pytester, micro: tuple[Path, Path], state_dir: Path, when: str
+    pytester: pytest.Pytester, micro: tuple[Path, Path], no_vms: Path, when: str
 ) -> None:
     others = qemu_pids()
     marker = pytester.path / "in-the-test"
@@ -97,7 +97,7 @@ def test_ctrl_c_leaves_nothing(
     sign = marker.exists if when == "in the test" else lambda: qemu_pids() - others
     output = interrupt(start("--smolvm-retain=none"), sign)
     assert "KeyboardInterrupt" in output
-    assert list((state_dir / "vms").iterdir()) == []
+    assert list((no_vms / "vms").iterdir()) == []
     assert qemu_pids() == others
 
 
