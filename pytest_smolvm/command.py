@@ -307,7 +307,7 @@ def execute(
             raise ConnectionError("the SSH connection ended before the command did")
         return status
     finally:
-        channel.close()
+        _close(channel)
         if feeder is not None:
             feeder.join(1)
 
@@ -322,27 +322,37 @@ def _start(transport: paramiko.Transport, line: str, deadline: Deadline) -> para
             raise OperationTimeoutError("the command", deadline.timeout_s) from None
         raise
     # exec_command() knows no timeout, but ends when its channel is closed.
-    watchdog = threading.Timer(deadline.remaining_s(), channel.close)
+    watchdog = threading.Timer(deadline.remaining_s(), _close, [channel])
     watchdog.daemon = True
     watchdog.start()
     try:
         channel.exec_command(line)
         channel.settimeout(max(0.001, deadline.remaining_s()))
     except paramiko.SSHException:
-        channel.close()
+        _close(channel)
         if deadline.passed() and transport.is_active():
             raise OperationTimeoutError("the command", deadline.timeout_s) from None
         raise
     except BaseException:
-        channel.close()
+        _close(channel)
         raise
     finally:
         watchdog.cancel()
     return channel
 
 
+# What paramiko raises where it writes to a connection that ends just then. Whoever waits for the
+# command's end learns of it from the reading side.
+_CONNECTION_ENDS = (OSError, EOFError, paramiko.SSHException)
+
+
+def _close(channel: paramiko.Channel) -> None:
+    with contextlib.suppress(*_CONNECTION_ENDS):
+        channel.close()
+
+
 def _feed(channel: paramiko.Channel, data: bytes) -> None:
     # A command may end, or its deadline pass, before it has read its input.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(*_CONNECTION_ENDS):
         channel.sendall(data)
         channel.shutdown_write()

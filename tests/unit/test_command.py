@@ -166,10 +166,18 @@ class _Prints(_Mute):
     def __init__(self) -> None:
         super().__init__()
         self.go = threading.Event()
+        self._commands: list[threading.Thread] = []
 
     def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
-        threading.Thread(target=self._run, args=(channel,)).start()
+        self._commands.append(threading.Thread(target=self._run, args=(channel,)))
+        self._commands[-1].start()
         return True
+
+    def end(self) -> None:
+        self.go.set()
+        self.over.set()
+        for thread in self._commands:
+            thread.join(10)
 
     def _run(self, channel: paramiko.Channel) -> None:
         self.go.wait(10)
@@ -180,9 +188,21 @@ class _Prints(_Mute):
         channel.close()
 
 
+class _Socket(socket.socket):
+    """A socket of which one direction can be lost before the other."""
+
+    is_broken = False
+
+    def send(self, *arguments: Any) -> int:
+        if self.is_broken:
+            raise BrokenPipeError(32, "Broken pipe")
+        return super().send(*arguments)
+
+
 @pytest.fixture
 def prints() -> Iterator[tuple[paramiko.Transport, _Prints]]:
     ours, theirs = socket.socketpair()
+    ours = _Socket(fileno=ours.detach())
     prints = _Prints()
     with paramiko.Transport(theirs) as server, paramiko.Transport(ours) as client:
         server.add_server_key(paramiko.ECDSAKey.generate())
@@ -192,8 +212,7 @@ def prints() -> Iterator[tuple[paramiko.Transport, _Prints]]:
         try:
             yield client, prints
         finally:
-            prints.go.set()
-            prints.over.set()
+            prints.end()
 
 
 def test_output_that_comes_with_the_end_just_after_nothing_was_there(
@@ -239,6 +258,28 @@ def test_output_that_comes_with_the_status_just_after_a_silence(
     printed = bytearray()
     assert execute(client, "it", deadline=Deadline(10), on_stdout=printed.extend) == 3
     assert printed == b"here"
+
+
+def test_a_command_that_ended_is_not_lost_with_the_connection(
+    prints: tuple[paramiko.Transport, _Prints], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, server = prints
+    real_start = command._start
+
+    def breaks(*arguments: Any) -> paramiko.Channel:
+        channel = real_start(*arguments)
+        client.sock.is_broken = True
+        server.go.set()
+        return channel
+
+    monkeypatch.setattr(command, "_start", breaks)
+    printed = bytearray()
+    status = execute(
+        client, "it", deadline=Deadline(10), stdin=b"never read", on_stdout=printed.extend
+    )
+    assert (status, printed) == (3, b"here")
+    for thread in threading.enumerate():
+        assert thread.name != "smolvm-stdin"
 
 
 def test_an_error_shows_what_a_command_printed_without_what_drives_terminals() -> None:
