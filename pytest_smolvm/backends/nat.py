@@ -210,9 +210,6 @@ class Nat:
 def _addresses_of_host() -> list[str]:
     """This host's own IPv4 addresses, but for the loopback's, of which each namespace has one."""
     text = run_tool([find_tool("ip", "iproute2"), "-json", "-4", "addr"], timeout_s=10)
-    return [
-        entry["local"]
-        for link in json.loads(text)
-        for entry in link.get("addr_info", ())
-        if not entry["local"].startswith("127.")
-    ]
+    found = [entry["local"] for link in json.loads(text) for entry in link.get("addr_info", ())]
+    # One may be on several interfaces.
+    return sorted({address for address in found if not address.startswith("127.")})

@@ -24,7 +24,10 @@ from pytest_smolvm.process import ToolError
 from pytest_smolvm.store import Store
 from tests.conftest import changed
 
-OUTSIDE, HOST_SIDE = "10.213.7.2", "10.213.7.1"
+# Another network for each process that runs these tests: two on one would not get their answers.
+_NETWORK = f"10.213.{os.getpid() >> 6 & 255}"
+_FIRST = (os.getpid() & 63) * 4
+OUTSIDE, HOST_SIDE = f"{_NETWORK}.{_FIRST + 2}", f"{_NETWORK}.{_FIRST + 1}"
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +223,13 @@ def test_without_slirp4netns_the_line_that_installs_it_is_said(
     with pytest.raises(BackendError, match=r"nat' cannot be had: .*apt-get install slirp4netns"):
         vm.start()
     assert not (state_dir / "vms" / vm.vm_id).exists()
+
+
+def test_an_address_on_two_interfaces_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses = [{"local": "192.0.2.7"}], [{"local": "127.0.0.1"}], [{"local": "192.0.2.7"}], []
+    links = json.dumps([{"addr_info": each} for each in addresses])
+    monkeypatch.setattr(nat, "run_tool", lambda *_, **__: links)
+    assert nat._addresses_of_host() == ["192.0.2.7"]
 
 
 def test_where_namespaces_cannot_be_made_it_is_said(
