@@ -16,10 +16,14 @@ COMPANION = "/run/smolvm"
 
 _SSH_OPTIONS_OF_COMPANION = f"-s -W 262144 -r {COMPANION}/host_key"
 
+WITHOUT_PCI = "smolvm.vsock"
+"""A word on the kernel's command line; one with a dot in it is nothing to the kernel, nor to init:
+Documentation/admin-guide/kernel-parameters.rst."""
+
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-def initrd_init(modules: Iterable[str]) -> str:
+def initrd_init(modules: Iterable[str], modules_without_pci: Iterable[str]) -> str:
     """``/init`` of the initial RAM disk: load the drivers, mount the root, hand over.
 
     Debian's busybox finds its applets through /proc/self/exe, hence the full
@@ -34,14 +38,18 @@ give_up() {{
     echo "<2>smolvm: $*" > /dev/kmsg
     exit 1
 }}
-for module in {" ".join(modules)}; do
+read -r line < /proc/cmdline
+modules="{" ".join(modules)}"
+case " $line " in
+    *" {WITHOUT_PCI} "*) modules="$modules {" ".join(modules_without_pci)}" ;;
+esac
+for module in $modules; do
     insmod "/modules/$module.ko"
 done
 root=/dev/vda
 init=/sbin/init
 flags=ro
 type=ext4
-read -r line < /proc/cmdline
 for argument in $line; do
     case "$argument" in
         root=*) root="${{argument#root=}}" ;;
@@ -78,6 +86,15 @@ exec /bin/busybox switch_root /root-disk "$init"
 """
 
 
+AGENT = "usr/lib/smolvm/agent"
+
+# A machine whose network is vsock has no card, if it may not go out.
+_NETWORK = f"""if [ -e /sys/class/net/eth0 ]; then
+    ip addr add {GUEST_ADDRESS}/{PREFIX_LENGTH} dev eth0
+    ip link set eth0 up
+    ip route add default via {GATEWAY}
+fi"""
+
 MICRO_INIT = f"""#!/bin/busybox sh
 # The first process of the micro image: mounts, network, then busybox init,
 # which keeps the SSH server running (see /etc/inittab).
@@ -109,9 +126,8 @@ if [ -w /etc/machine-id ] && ! read -r id < /etc/machine-id; then
     echo "${{id//-/}}" > /etc/machine-id
 fi
 ip link set lo up
-ip addr add {GUEST_ADDRESS}/{PREFIX_LENGTH} dev eth0
-ip link set eth0 up
-ip route add default via {GATEWAY}
+{_NETWORK}
+[ ! -c /dev/vsock ] || /{AGENT} relay < /dev/null > /dev/null 2>&1 &
 exec /bin/busybox init
 """
 
@@ -167,9 +183,8 @@ if [ -w /etc/machine-id ]; then
     esac
 fi
 ip link set lo up
-ip addr add {GUEST_ADDRESS}/{PREFIX_LENGTH} dev eth0
-ip link set eth0 up
-ip route add default via {GATEWAY}
+{_NETWORK}
+[ ! -c /dev/vsock ] || $here/agent relay < /dev/null > /dev/null 2>&1 &
 if [ -e /etc/resolv.conf ]; then
     mount --bind $here/resolv.conf /etc/resolv.conf
 else
@@ -224,7 +239,6 @@ COMPANION_SCRIPTS = {
 
 RESOLV_CONF = f"nameserver {NAME_SERVER}\n"
 
-AGENT = "usr/lib/smolvm/agent"
 SSH_ON_PORT = "usr/lib/smolvm/ssh-on-port"
 """The program that speaks SSH on its standard input and output, for the agent to start."""
 

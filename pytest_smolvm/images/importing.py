@@ -20,10 +20,10 @@ from pytest_smolvm.errors import ImageError
 from pytest_smolvm.images import agent, ext4, guestfiles
 from pytest_smolvm.images.cache import Progress
 from pytest_smolvm.images.guestfiles import COMPANION
-from pytest_smolvm.images.initrd import make_companion, make_initrd
+from pytest_smolvm.images.initrd import can_do_without_pci, make_companion, make_initrd
 from pytest_smolvm.images.kernel import kernel_file
 from pytest_smolvm.images.manifest import ImageManifest, write_manifest
-from pytest_smolvm.images.toolbox import MODULES, Toolbox, ToolSource
+from pytest_smolvm.images.toolbox import MODULES, MODULES_WITHOUT_PCI, Toolbox, ToolSource
 from pytest_smolvm.process import ToolError, find_tool, run_tool
 
 FORMAT = 1
@@ -42,7 +42,7 @@ def recipe(architecture: str) -> dict[str, object]:
         "format": FORMAT,
         "architecture": architecture,
         "files": [
-            *(guestfiles.initrd_init(MODULES), guestfiles.COMPANION_INIT),
+            *(guestfiles.initrd_init(MODULES, MODULES_WITHOUT_PCI), guestfiles.COMPANION_INIT),
             *(guestfiles.COMPANION_SSH_ON_PORT, guestfiles.RESOLV_CONF),
             *guestfiles.COMPANION_APPLETS,
             *guestfiles.COMPANION_SCRIPTS.values(),
@@ -86,6 +86,7 @@ def build_image(
             authorized_keys=[public_key],
             packages=toolbox.versions,
             agent=f"{COMPANION}/agent" if toolbox.can_restore() else "",
+            vsock=can_do_without_pci(modules),
         ),
     )
 

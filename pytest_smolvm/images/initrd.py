@@ -10,7 +10,12 @@ from pytest_smolvm import keys
 from pytest_smolvm.images import agent, cpio, guestfiles
 from pytest_smolvm.images.guestfiles import COMPANION
 from pytest_smolvm.images.kernel import ModuleTree
-from pytest_smolvm.images.toolbox import MODULES, Toolbox, with_interpreter
+from pytest_smolvm.images.toolbox import (
+    MODULES,
+    MODULES_WITHOUT_PCI,
+    Toolbox,
+    with_interpreter,
+)
 
 _LINKER = f"{COMPANION}/ld.so"
 
@@ -19,15 +24,25 @@ def make_initrd(
     toolbox: Toolbox, modules: Path, companion: list[cpio.Entry] | None = None
 ) -> bytes:
     """One that loads the drivers among ``modules``, mounts the root disk and hands over to it."""
-    drivers = ModuleTree(modules).load_order(MODULES)
+    tree = ModuleTree(modules)
+    drivers = tree.load_order(MODULES)
+    names = [name for name, _ in drivers]
+    more = [each for each in tree.load_order(MODULES_WITHOUT_PCI) if each[0] not in names]
     entries = [cpio.directory(n) for n in ("bin", "dev", "proc", "modules", "root-disk")]
     entries += [
         cpio.character_device("dev/console", 5, 1),
         cpio.file("bin/busybox", toolbox.busybox.read_bytes(), 0o755),
-        cpio.file("init", guestfiles.initrd_init(name for name, _ in drivers).encode(), 0o755),
+        cpio.file(
+            "init", guestfiles.initrd_init(names, [name for name, _ in more]).encode(), 0o755
+        ),
     ]
-    entries += [cpio.file(f"modules/{name}.ko", data) for name, data in drivers]
+    entries += [cpio.file(f"modules/{name}.ko", data) for name, data in [*drivers, *more]]
     return cpio.archive([*entries, *(companion or [])])
+
+
+def can_do_without_pci(modules: Path) -> bool:
+    """Whether a guest with those drivers finds disk and vsock on a machine without PCI."""
+    return ModuleTree(modules).has(MODULES_WITHOUT_PCI)
 
 
 def make_companion(

@@ -115,6 +115,10 @@ class ModuleTree:
             path.name.split(".ko")[0].replace("-", "_"): path for path in root.rglob("*.ko*")
         }
 
+    def has(self, names: Iterable[str]) -> bool:
+        """Whether all of these are there. What is built into the kernel is not."""
+        return all(name in self._paths for name in names)
+
     def load_order(self, wanted: Iterable[str]) -> list[tuple[str, bytes]]:
         """Names and uncompressed contents, dependencies first.
 

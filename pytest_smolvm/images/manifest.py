@@ -39,6 +39,8 @@ class ImageManifest(BaseModel):
     reads_boot_id: bool = True
     """Whether something reads the kernel's boot id while the image boots. Where nothing has, each
     restored guest makes up its own when it is first asked."""
+    vsock: bool = False
+    """Whether it is reached through vsock, too: on machines without a network."""
 
 
 def manifest_path(rootfs: Path) -> Path:

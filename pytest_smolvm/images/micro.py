@@ -15,10 +15,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pytest_smolvm import keys
 from pytest_smolvm.images import agent, ext4, guestfiles
 from pytest_smolvm.images.cache import Progress
-from pytest_smolvm.images.initrd import make_initrd
+from pytest_smolvm.images.initrd import can_do_without_pci, make_initrd
 from pytest_smolvm.images.kernel import kernel_file
 from pytest_smolvm.images.manifest import HOST_KEY_IN_IMAGE, ImageManifest, write_manifest
-from pytest_smolvm.images.toolbox import MODULES, Toolbox, ToolSource
+from pytest_smolvm.images.toolbox import MODULES, MODULES_WITHOUT_PCI, Toolbox, ToolSource
 
 FORMAT = 3
 """Raised whenever the same packages would make another image."""
@@ -38,7 +38,7 @@ def recipe(architecture: str, size_mb: int) -> dict[str, object]:
         "architecture": architecture,
         "size_mb": size_mb,
         "files": [
-            *(guestfiles.initrd_init(MODULES), guestfiles.MICRO_INIT),
+            *(guestfiles.initrd_init(MODULES, MODULES_WITHOUT_PCI), guestfiles.MICRO_INIT),
             guestfiles.MICRO_SSH_ON_PORT,
         ],
         "agent": hashlib.sha256(agent.binary(architecture)).hexdigest(),
@@ -82,6 +82,7 @@ class MicroRecipe:
                 packages=toolbox.versions,
                 agent=f"/{guestfiles.AGENT}" if toolbox.can_restore() else "",
                 reads_boot_id=False,
+                vsock=can_do_without_pci(toolbox.modules()),
             ),
         )
 

@@ -38,6 +38,10 @@ MODULES = [
 ]
 """What a guest needs to get at its root disk, its network and its console's port."""
 
+MODULES_WITHOUT_PCI = ["virtio_mmio", "vmw_vsock_virtio_transport"]
+"""What it needs besides on a machine without PCI, whose only way in is vsock: loaded where the
+kernel's command line has the word ``guestfiles.WITHOUT_PCI``."""
+
 _LIBRARY_FOLDERS = ("lib/*-linux-gnu*/*.so*", "lib64/*.so*", "lib/*.so*")
 _PT_INTERP = 3
 
