@@ -9,13 +9,13 @@ from pathlib import Path
 
 from pytest_smolvm.backends.base import Backend, Machine, MachineSpec, MemoryFile
 from pytest_smolvm.config import VMConfig
-from pytest_smolvm.disks import Disk, Image, copy_sparsely, create_overlay, link_layer
+from pytest_smolvm.disks import Disk, Image, copy_sparsely
 from pytest_smolvm.images.guestfiles import SSH_SIGN
 from pytest_smolvm.process import Deadline
 from pytest_smolvm.snapshots import CONSOLE, MEMORY, STATE
 from pytest_smolvm.store import Store, VMDirectory
 from pytest_smolvm.templates import Template
-from pytest_smolvm.vmdisk import prepare_disk
+from pytest_smolvm.vmdisk import disk_from_template, prepare_disk
 
 BOOT_TIMEOUT_S = 60.0
 BOOT_TIMEOUT_EMULATED_S = 180.0
@@ -30,6 +30,8 @@ class Launched:
     timings: dict[str, float]
     at: float
     """When it was launched (monotonic clock)."""
+    layers: list[str]
+    """What its disk lies over, in its directory, the nearest first."""
 
 
 def boot_timeout_s(given: float | None, backend: Backend) -> float:
@@ -49,11 +51,11 @@ def launch(
 ) -> Launched:
     """Prepare the disk and start the machine; the guest boots on while this returns."""
     began = time.monotonic()
-    disk = prepare_disk(config, directory, layers, store)
+    disk = prepare_disk(config, directory, layers, store, backend.disk_format)
     disk_done = time.monotonic()
     _put_console_aside(directory)
     spec = machine_spec(config, backend, directory, disk)
-    return _launched(backend, spec, deadline, began, disk_done)
+    return _launched(backend, spec, deadline, began, disk_done, layers)
 
 
 def launch_from(
@@ -66,8 +68,7 @@ def launch_from(
     """Start a machine from a template, on a new disk; it is paused, and its agent waits."""
     began = time.monotonic()
     directory.disk.unlink(missing_ok=True)
-    layers = [link_layer(layer, directory.path) for layer in template.layers]
-    disk = create_overlay(config.rootfs_path, directory.disk, layers)
+    disk, layers = disk_from_template(config, directory, template.layers, backend.disk_format)
     disk_done = time.monotonic()
     _put_console_aside(directory)
     # A VM's console tells of its boot, whoever booted.
@@ -80,16 +81,21 @@ def launch_from(
         memory=MemoryFile(template.path / MEMORY, shared=False),
         state=template.path / STATE,
     )
-    return _launched(backend, spec, deadline, began, disk_done)
+    return _launched(backend, spec, deadline, began, disk_done, layers)
 
 
 def _launched(
-    backend: Backend, spec: MachineSpec, deadline: Deadline, began: float, disk_done: float
+    backend: Backend,
+    spec: MachineSpec,
+    deadline: Deadline,
+    began: float,
+    disk_done: float,
+    layers: Sequence[Path],
 ) -> Launched:
     machine = backend.launch(spec, deadline)
     launched = time.monotonic()
     timings = {"disk": disk_done - began, "launch": launched - disk_done}
-    return Launched(machine, spec, timings, launched)
+    return Launched(machine, spec, timings, launched, [layer.name for layer in layers])
 
 
 def _put_console_aside(directory: VMDirectory) -> None:
@@ -116,7 +122,7 @@ def machine_spec(
         boot_args=config.boot_args,
         vcpu_count=config.vcpu_count,
         mem_size_mib=config.mem_size_mib,
-        disk=disk or Disk(Image(directory.disk, "qcow2")),
+        disk=disk or Disk(Image(directory.disk_of(backend.disk_format), backend.disk_format)),
         network=config.network,
         accelerator=backend.accelerator,
         console=directory.console,

@@ -90,10 +90,10 @@ def died(vm_id: str, during: str, end: MachineEnd, console: Path) -> BackendErro
     elif end.reason == "guest-shutdown":
         why = "the guest switched itself off"
     elif end.exit_status < 0:
-        why = f"QEMU was killed by signal {-end.exit_status}"
+        why = f"{end.emulator} was killed by signal {-end.exit_status}"
     else:
-        why = "QEMU ended"
-    said = f"\n--- QEMU said ---\n{end.output}" if end.output else ""
+        why = f"{end.emulator} ended"
+    said = f"\n--- {end.emulator} said ---\n{end.output}" if end.output else ""
     return BackendError(
         f"the VM {vm_id!r} died {during}: {why} (exit status {end.exit_status}){said}\n"
         f"command line: {shlex.join(end.command_line)}{_console_section(tail)}",

@@ -118,7 +118,9 @@ def _accelerators() -> Iterator[Finding]:
     if architecture is None or binary is None:
         return  # told of above
     native = "hvf" if sys.platform == "darwin" else "kvm"
-    yield _native_accelerator(native, binary, architecture)
+    found = _native_accelerator(native, binary, architecture)
+    yield found
+    yield from _firecracker(found)
     emulated = try_accelerator("tcg", binary, architecture, timeout_s=_TRY_TIMEOUT_S)
     if emulated.usable:
         yield Finding("accelerators", "ok", "tcg (emulation) runs a guest")
@@ -129,6 +131,39 @@ def _accelerators() -> Iterator[Finding]:
             f"QEMU cannot even emulate a guest: {emulated.reason}",
             "no VM can run without another accelerator",
             f"apt-get install --reinstall {architecture.package}",
+        )
+
+
+def _firecracker(native: Finding) -> Iterator[Finding]:
+    """Nobody needs it: it is told of where it is there."""
+    binary = shutil.which("firecracker")
+    if binary is None:
+        return
+    # Here, since its HTTP client takes long to load.
+    from pytest_smolvm.backends.firecracker import FirecrackerBackend
+    from pytest_smolvm.backends.firecracker_api import check_release
+
+    version = FirecrackerBackend(binary, host_architecture()).version()
+    try:
+        check_release(version)
+    except SmolVMError as error:
+        yield Finding(
+            "firecracker",
+            "note",
+            f"{binary} is of no use: {error.message}",
+            "VMs are on QEMU",
+            "install a release of Firecracker that it names, or take it off PATH",
+        )
+        return
+    if native.grade == "ok":
+        yield Finding("firecracker", "ok", f"{binary}, version {version}")
+    else:
+        yield Finding(
+            "firecracker",
+            "note",
+            f"{binary} cannot run: it needs KVM, which cannot be used",
+            "VMs are on QEMU",
+            "what mends KVM, above",
         )
 
 

@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pytest_smolvm import provisioning
+from pytest_smolvm import provisioning, rawdisks
 from pytest_smolvm.disks import chain_of, disk_size, image_format
 from pytest_smolvm.errors import ImageError
 from pytest_smolvm.images.builder import DistributionBuilder, with_companion
 from pytest_smolvm.images.cache import Progress, check_space, facts_of, recipe_key
 from pytest_smolvm.images.kernel import kernel_architecture
+from pytest_smolvm.images.manifest import read_manifest, write_manifest
 from pytest_smolvm.images.recipes import Recipe, Recipes, read_recipes
 from pytest_smolvm.limits import IMAGES, host_architecture
 from pytest_smolvm.provisioning import Step
@@ -85,7 +86,10 @@ class ImageBuilder(DistributionBuilder):
         ):
             if not flat.exists():
                 say("making one file of its layers")
-                provisioning.flatten(rootfs, flat)
+                manifest = read_manifest(rootfs)
+                assert manifest is not None  # noqa: S101 - every image has one
+                write_manifest(flat, manifest)
+                rawdisks.flatten(rootfs, flat)
         return flat
 
     def _build_recipe(self, name: str, recipes: Recipes, arch: str | None) -> tuple[Path, Path]:

@@ -14,6 +14,7 @@ README_NAME = "README.txt"
 _FILES = (
     ("vm.json", "its configuration, and what is known of it"),
     ("disk.qcow2", "its disk: a qcow2 overlay on the image that it was made from"),
+    ("disk.raw", "its disk: all of it, whatever image it was made from"),
     ("layer-*.qcow2", "what its disk lies over: the disks of the guests that it began with"),
     ("console.log", "what it wrote to its console"),
     ("console.1.log", "the same, of the boot before"),

@@ -21,7 +21,7 @@ def power_off(vm_id: str, machine: Machine, guest: Guest | None, deadline: Deadl
     """Ask the guest to switch itself off; what has not ended by the deadline runs on."""
     try:
         if guest is not None:
-            _ask(guest, "poweroff", deadline)
+            _ask(guest, machine.power_off_program, deadline)
         else:
             machine.press_power_button()
     except SmolVMError as error:

@@ -115,7 +115,9 @@ class MachineProcess:
         pass_fds: Sequence[int],
         limits: Limits | None = None,
         drop_capabilities: bool = True,
+        stdout: int | None = None,
     ) -> None:
+        """``stdout``: the descriptor for its standard output; None: that is logged, too."""
         self.argv = list(argv)
         self._log = log
         log.touch(mode=0o600)
@@ -126,8 +128,8 @@ class MachineProcess:
                     cwd=cwd,
                     env=environment(),
                     stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
+                    stdout=output if stdout is None else stdout,
+                    stderr=output,
                     pass_fds=tuple(pass_fds),
                     # A terminal's Ctrl-C and hang-up reach whole process groups; the
                     # machine must outlive them for as long as its owner tears down.

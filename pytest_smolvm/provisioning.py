@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Callable
@@ -21,7 +20,6 @@ from pytest_smolvm.errors import ImageError, SmolVMError
 from pytest_smolvm.images.builder import LAYERED_ROOTFS
 from pytest_smolvm.images.cache import Progress
 from pytest_smolvm.images.manifest import read_manifest, write_manifest
-from pytest_smolvm.process import find_tool, run_tool
 from pytest_smolvm.terminal import harmless
 from pytest_smolvm.vm import SmolVM
 
@@ -95,6 +93,7 @@ def provision(
         boot_args=SSH_BOOT_ARGS,
         mem_size_mib=_MEM_SIZE_MIB,
         network="nat" if step.command else "isolated",
+        backend="qemu",  # whose disks are layers
     )
     with log.open("ab") as record, SmolVM(config, restore=False) as vm:
 
@@ -163,20 +162,3 @@ def _take_layer(parent: tuple[Path, Path], disk: Path, target: Path) -> None:
     manifest = read_manifest(rootfs)
     assert manifest is not None  # noqa: S101 - a guest of it was logged into
     write_manifest(made, manifest)
-
-
-def flatten(rootfs: Path, flat: Path) -> None:
-    """Write all that an image of layers holds as one raw file; whole, or not at all."""
-    node: dict[str, object] | None = None
-    for image in reversed(chain_of(rootfs)):
-        file = {"driver": "file", "filename": str(image.path.absolute()), "read-only": True}
-        backing = {"backing": node} if image.format == "qcow2" else {}
-        node = {"driver": image.format, "read-only": True, "file": file, **backing}
-    scratch = flat.with_name(f".{flat.name}.tmp")
-    qemu_img = find_tool("qemu-img", "qemu-utils")
-    source = f"json:{json.dumps(node)}"
-    run_tool([qemu_img, "convert", "-O", "raw", source, str(scratch)], timeout_s=STEP_TIMEOUT_S)
-    manifest = read_manifest(rootfs)
-    assert manifest is not None  # noqa: S101 - every image has one
-    write_manifest(flat, manifest)
-    scratch.replace(flat)

@@ -113,6 +113,12 @@ def new_record(vm_id: str, config: dict[str, Any]) -> VMRecord:
     return VMRecord(vm_id=vm_id, config=config, owner_pid=os.getpid(), created_at=time.time())
 
 
+def find_disk(path: Path) -> Path | None:
+    """The disk in a VM directory, of whichever format; None: there is none."""
+    found = (path / "disk.qcow2", path / "disk.raw")
+    return next((disk for disk in found if disk.exists()), None)
+
+
 def read_record(path: Path) -> VMRecord | None:
     """The record in a VM directory; None when there is none that can be read."""
     try:
@@ -130,4 +136,4 @@ def is_kept(path: Path) -> bool:
     if not (path / RECORD_NAME).exists():
         return False
     record = read_record(path)
-    return record.is_kept if record is not None else (path / "disk.qcow2").exists()
+    return record.is_kept if record is not None else find_disk(path) is not None

@@ -155,9 +155,7 @@ class Saving(ABC):
         layers = [self._files.path / name for name in self._layers]
 
         def write(target: Path) -> TemplateFacts:
-            names = snapshots.save(
-                machine, spec, backend, layers, f"layer-{key}.qcow2", target, deadline
-            )
+            names = snapshots.save(machine, spec, backend, layers, f"layer-{key}", target, deadline)
             return self._facts(key, backend.describe(spec), names, fresh=fresh)
 
         try:

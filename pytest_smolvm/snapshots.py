@@ -10,6 +10,7 @@ from pathlib import Path
 from pytest_smolvm.backends.base import Backend, Machine, MachineSpec, MemoryFile
 from pytest_smolvm.disks import Disk, Image, copy_sparsely, link_layer
 from pytest_smolvm.process import Deadline, processor_time_s
+from pytest_smolvm.rawdisks import copy_disk
 from pytest_smolvm.statedir import make_private_dir, remove_tree
 
 MEMORY, STATE, CONSOLE = "memory", "state", "console.log"
@@ -42,23 +43,28 @@ def save(
 ) -> list[str]:
     """Write what a running machine is into ``target``, and let it run on.
 
-    Its disk becomes a layer called ``name`` there, over links to ``layers``. Returns the names
-    of all layers, the nearest first. The machine is paused meanwhile.
+    Its disk becomes a layer called ``name`` there, with the disk's format for an ending, over
+    links to ``layers``. Returns the names of all layers, the nearest first. The machine is paused
+    meanwhile.
     """
     work = make_private_dir(target / "work")
     whole = work / "whole"
-    layer = target / name
+    layer = target / f"{name}.{spec.disk.image.format}"
     machine.pause()
     try:
-        machine.save(whole, deadline)
-        copy_sparsely(spec.disk.image.path, layer)
+        if backend.saves_memory_apart:
+            machine.save(target / STATE, deadline, target / MEMORY)
+        else:
+            machine.save(whole, deadline)
+        copy_disk(spec.disk.image.path, layer)
         copy_sparsely(spec.console, target / CONSOLE)
     finally:
         machine.resume()
     below = [link_layer(path, target) for path in layers]
-    _split_off_memory(whole, spec, backend, [layer, *below], work, target, deadline)
+    if not backend.saves_memory_apart:
+        _split_off_memory(whole, spec, backend, [layer, *below], work, target, deadline)
     remove_tree(work)
-    return [name, *(path.name for path in below)]
+    return [layer.name, *(path.name for path in below)]
 
 
 def _split_off_memory(

@@ -288,7 +288,7 @@ class Startup(Saving):
         assert self._backend is not None and login is not None  # noqa: S101, PT018
         deadline = Deadline(timeout_s, "boot_timeout")
         launched = booting.launch_from(template, self._config, self._backend, self._files, deadline)
-        self._layers = list(template.facts.layers)
+        self._layers = launched.layers
         self._adopt(launched)
         self._meet(launched.machine, login)
         # One that wakes does so at once; there is another way if it does not.

@@ -6,7 +6,7 @@
         vms/<vm id>/               one directory per VM
             lock                   held by the owner for as long as it lives
             vm.json                VMRecord
-            disk.qcow2  console.log  commands.jsonl  machine.log
+            disk.qcow2, or disk.raw  console.log  commands.jsonl  machine.log
             README.txt             in directories that were kept
         images/  keys/  cache/
 
@@ -27,6 +27,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from pytest_smolvm.disks import ImageFormat
 from pytest_smolvm.errors import SmolVMError, VMAlreadyExistsError, VMNotFoundError
 from pytest_smolvm.identity import ProcessIdentity
 from pytest_smolvm.keepsake import README_NAME, readme
@@ -35,6 +36,7 @@ from pytest_smolvm.records import (
     Retained,
     VMRecord,
     VMState,
+    find_disk,
     is_kept,
     read_record,
 )
@@ -62,7 +64,12 @@ class VMDirectory:
 
     @property
     def disk(self) -> Path:
-        return self.path / "disk.qcow2"
+        """The disk that is there, or that there will be."""
+        return find_disk(self.path) or self.disk_of("qcow2")
+
+    def disk_of(self, kind: ImageFormat) -> Path:
+        """Where a new disk of that format goes."""
+        return self.path / f"disk.{kind}"
 
     @property
     def console(self) -> Path:

@@ -6,7 +6,8 @@
         template.json              TemplateFacts
         memory                     the guest's memory: sparse, mapped copy-on-write by each VM
         state                      its devices
-        layer-<key>.qcow2          its disk, over the root image or the layers beside it
+        layer-<key>.qcow2          its disk, over the root image or the layers beside it; or
+        layer-<key>.raw            all of its disk
         console.log                what it had written to its console
     <state>/templates/<key>.lock   held by whoever makes it
 

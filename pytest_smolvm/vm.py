@@ -22,6 +22,7 @@ from pytest_smolvm.errors import (
     SmolVMError,
     VMNotFoundError,
 )
+from pytest_smolvm.fitting import not_on_firecracker
 from pytest_smolvm.guest import Guest
 from pytest_smolvm.images.builder import DistributionBuilder
 from pytest_smolvm.images.kernel import kernel_architecture
@@ -344,7 +345,9 @@ class SmolVM(Startup, Inside, Outside):
 
     def _choose(self) -> Backend:
         guest = kernel_architecture(self._config.kernel_path)
-        return choose(self._store, self._config.backend, self._wanted_accelerator, guest)
+        config = self._config
+        beyond = not_on_firecracker(config, self._directory) if config.backend != "qemu" else []
+        return choose(self._store, config.backend, self._wanted_accelerator, guest, beyond)
 
     @property
     def _itself(self) -> SmolVM:

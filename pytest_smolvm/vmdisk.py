@@ -8,19 +8,29 @@ from pathlib import Path
 from pytest_smolvm.config import VMConfig
 from pytest_smolvm.disks import (
     Disk,
+    Image,
+    ImageFormat,
     create_overlay,
     fingerprint_of_image,
+    link_layer,
     reopen_overlay,
     shared_disk,
 )
 from pytest_smolvm.errors import ImageError, SmolVMError
+from pytest_smolvm.rawdisks import copy_disk, create_copy, raw_image
 from pytest_smolvm.store import Store, VMDirectory
 
 
 def prepare_disk(
-    config: VMConfig, directory: VMDirectory, layers: Sequence[Path], store: Store
+    config: VMConfig,
+    directory: VMDirectory,
+    layers: Sequence[Path],
+    store: Store,
+    disk_format: ImageFormat,
 ) -> Disk:
     """The disk to boot from, made if need be; ``layers`` lie under one that was there before.
+
+    ``disk_format``: what the backend takes; one that takes qcow2 takes all.
 
     A kept disk over an image that has changed since is an ``ImageError``; one
     that a shared VM would pass over is an error too, since its ``delete()``
@@ -34,11 +44,38 @@ def prepare_disk(
                 f"would not use: choose another vm_id, or remove it: rm -r {directory.path}",
                 {"vm_id": config.vm_id},
             )
+        if disk_format == "raw":
+            return Disk(Image(raw_image(config.rootfs_path, store), "raw"), read_only=True)
         return shared_disk(config.rootfs_path)
     if kept:
         _check_base(config, directory, store)
+        if directory.disk.suffix == ".raw":
+            return Disk(Image(directory.disk, "raw"))
+        if disk_format == "raw":
+            raise SmolVMError(
+                f"the disk kept of the VM {config.vm_id!r} is qcow2, which this backend does not "
+                "take: open it with backend='qemu'",
+                {"vm_id": config.vm_id},
+            )
         return reopen_overlay(config.rootfs_path, directory.disk, layers)
-    return create_overlay(config.rootfs_path, directory.disk)
+    if disk_format == "raw":
+        return create_copy(config.rootfs_path, directory.disk_of("raw"), store)
+    return create_overlay(config.rootfs_path, directory.disk_of("qcow2"))
+
+
+def disk_from_template(
+    config: VMConfig, directory: VMDirectory, layers: Sequence[Path], disk_format: ImageFormat
+) -> tuple[Disk, list[Path]]:
+    """A new disk that begins as a template's, and the layers that it lies over.
+
+    ``layers``: the template's, the nearest first.
+    """
+    if disk_format == "raw":
+        target = directory.disk_of("raw")
+        copy_disk(layers[0], target)
+        return Disk(Image(target, "raw")), []
+    linked = [link_layer(layer, directory.path) for layer in layers]
+    return create_overlay(config.rootfs_path, directory.disk_of("qcow2"), linked), linked
 
 
 def stat_image(path: Path) -> list[int]:

@@ -71,7 +71,8 @@ port=
 for entry in /sys/class/virtio-ports/*; do
     read -r name < "$entry/name" && [ "$name" = {PORT_NAME} ] && port="/dev/${{entry##*/}}"
 done
-[ -n "$port" ] || {{ echo "there is no port {PORT_NAME}" >&2; exit 1; }}
+[ -n "$port" ] || {{ [ ! -c /dev/vsock ] || port=vsock; }}
+[ -n "$port" ] || {{ echo "there is neither a port {PORT_NAME} nor /dev/vsock" >&2; exit 1; }}
 if {"[ ! -e boot_id ]" if has_boot_id else "false"}; then
     cat /proc/sys/kernel/random/boot_id > boot_id && chmod 444 boot_id &&
         mount --bind {_RUN}/boot_id /proc/sys/kernel/random/boot_id
@@ -84,8 +85,9 @@ echo $! > agent.pid
     if not done.ok:
         raise BackendError(f"the guest's agent could not be started: {done.describe()}")
     heard = b""
+    port = machine.open_port(deadline)
     while _READY not in heard:
-        heard = heard[-len(_READY) :] + _read(machine.port, 4096, "to be ready", deadline)
+        heard = heard[-len(_READY) :] + _read(port, 4096, "to be ready", deadline)
     guest.disconnect()
 
 
@@ -96,19 +98,20 @@ def wake(machine: Machine, identity: Identity, deadline: Deadline) -> None:
     the port belongs to SSH. Raises ``BackendError`` and ``OperationTimeoutError``.
     """
     body = _body(identity)
-    machine.port.settimeout(max(0.01, deadline.remaining_s()))
     try:
-        machine.port.sendall(_MAGIC + struct.pack("<I", len(body)) + body)
-        machine.resume()
-        _hear_all(machine.port, 1, deadline)
-        _set_clock(machine.port, deadline)
-        machine.port.sendall(b"G")
+        machine.resume_with(_MAGIC + struct.pack("<I", len(body)) + body, deadline)
+        port = machine.port
+        port.settimeout(max(0.01, deadline.remaining_s()))
+        try:
+            _hear_all(port, 1, deadline)
+            _set_clock(port, deadline)
+            port.sendall(b"G")
+        finally:
+            port.settimeout(None)
     except TimeoutError:
         raise OperationTimeoutError("talking to the guest's agent", deadline.timeout_s) from None
     except OSError as error:
         raise BackendError(f"the guest's agent cannot be talked to: {error}") from error
-    finally:
-        machine.port.settimeout(None)
 
 
 def _set_clock(port: socket.socket, deadline: Deadline) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Protocol
 
 from pytest_smolvm.config import Network
-from pytest_smolvm.disks import Disk
+from pytest_smolvm.disks import Disk, ImageFormat
 from pytest_smolvm.process import Deadline
 
 PORT_NAME = "org.smolvm.port"
-"""How the guest finds the virtio-serial port on which the host talks to its agent."""
+"""How the guest finds the virtio-serial port on which the host talks to its agent; a guest that
+has no such port, but /dev/vsock, has its agent listen there."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class MachineEnd:
     reason: str = ""
     """Why the guest stopped, in the backend's words; empty: it did not say."""
     command_line: list[str] = field(default_factory=list)
+    emulator: str = "QEMU"
+    """What ended, for people."""
 
     @property
     def by_guest(self) -> bool:
@@ -130,17 +133,31 @@ class Machine(Protocol):
 
     def resume(self) -> None: ...
 
-    @property
-    def port(self) -> socket.socket:
-        """Our end of the guest's serial port called ``PORT_NAME``; there from the start."""
+    def resume_with(self, message: bytes, deadline: Deadline) -> None:
+        """Resume a machine whose agent waits, and have that hear ``message`` on its port."""
         ...
 
-    def save(self, state: Path, deadline: Deadline) -> None:
+    def open_port(self, deadline: Deadline) -> socket.socket:
+        """Our end of a channel to the guest's agent, which runs; ``port`` from now on."""
+        ...
+
+    @property
+    def port(self) -> socket.socket:
+        """Our end of the channel to the guest's agent: of the one that was opened last."""
+        ...
+
+    def save(self, state: Path, deadline: Deadline, memory: Path | None = None) -> None:
         """Write a paused machine's state into a file; it stays paused, and can be resumed.
 
-        A memory file that is shared is left out: it has its part of the state already. When
-        this returns, what the guest wrote is in its disk's file.
+        ``memory``: the file for what the guest's memory holds, if the backend
+        ``saves_memory_apart``; else that is in the state, but for a memory file that is shared:
+        it has its part already. When this returns, what the guest wrote is in its disk's file.
         """
+        ...
+
+    @property
+    def power_off_program(self) -> str:
+        """What a guest runs to switch this machine off."""
         ...
 
     def press_power_button(self) -> None:
@@ -152,7 +169,10 @@ class Machine(Protocol):
         ...
 
     def wait_for_reset(self, since: int, deadline: Deadline) -> bool:
-        """Whether the machine was reset more than ``since`` times before the deadline."""
+        """Whether the machine was reset more than ``since`` times before the deadline.
+
+        To be called once the guest was asked to reboot: a machine that ends then starts again.
+        """
         ...
 
     @property
@@ -188,11 +208,19 @@ class Backend(Protocol):
 
     name: str
     accelerator: str
-    why_not: tuple[str, ...]
-    """Why it is not on a quicker accelerator; empty: there is none quicker."""
+    reasons: tuple[str, ...]
+    """Why it is this one, or not on a quicker accelerator, for people; empty: it goes without
+    saying."""
 
     can_restore: bool
     """Whether its machines can be saved, and started from what was saved."""
+
+    disk_format: ImageFormat
+    """What a disk that its machine may write to is made as."""
+
+    saves_memory_apart: bool
+    """Whether ``Machine.save`` writes what the memory holds into a file of its own, from which
+    others can start; else that takes one more machine: see ``snapshots``."""
 
     def version(self) -> str:
         """The emulator's version, such as ``7.2.22``; empty: it cannot be had."""

@@ -5,8 +5,11 @@ host does, its loopback above all. A machine with ``network="nat"`` therefore ru
 namespace, in which there is no loopback but its own. slirp4netns leads out of that, with the way to
 the host's loopback closed; the host's other addresses have no route there. Neither takes root.
 
-The way in is the same: slirp4netns listens on the host's 127.0.0.1 and leads into the namespace,
-where QEMU listens and leads to the guest.
+QEMU has a network of its own for the guest within. The way in is the same: slirp4netns listens on
+the host's 127.0.0.1 and leads into the namespace, where QEMU listens and leads to the guest.
+
+A backend that takes TAP devices has one there, on which the guest meets what it would meet on
+QEMU's network: what it sends is routed, past the host's addresses, to slirp4netns.
 """
 
 from __future__ import annotations
@@ -19,11 +22,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pytest_smolvm import usernet
+from pytest_smolvm.backends.base import MachineSpec
 from pytest_smolvm.confinement import privileges
 from pytest_smolvm.errors import BackendError, OperationTimeoutError, SmolVMError
 from pytest_smolvm.process import (
     Deadline,
     MachineProcess,
+    ToolError,
     find_tool,
     run_tool,
     still_ours,
@@ -31,7 +37,7 @@ from pytest_smolvm.process import (
 )
 from pytest_smolvm.statedir import write_atomically
 
-# Beside the guest's own network, which QEMU has within: see usernet.
+# Beside the guest's own network, if QEMU has that within: see usernet.
 _NETWORK = "10.0.3.0/24"
 ADDRESS = "10.0.3.100"
 """The machine's address in its namespace: slirp4netns's default."""
@@ -50,6 +56,19 @@ ip link set lo up
 for address in $unreachable; do
     ip route add unreachable "$address"
 done
+if [ -n "$tap" ]; then
+    # Each side takes this namespace for the other: proxy_arp, in networking/ip-sysctl.rst.
+    ip tuntap add dev "$tap" mode tap user "$(id -u)"
+    # The same for each: a guest that was saved remembers it.
+    ip link set "$tap" address "$gateway_mac"
+    echo 1 > /proc/sys/net/ipv4/ip_forward
+    for device in tap0 "$tap"; do
+        echo 1 > "/proc/sys/net/ipv4/conf/$device/proxy_arp"
+        echo 0 > "/proc/sys/net/ipv4/conf/$device/send_redirects"
+    done
+    ip link set "$tap" up
+    ip route add "$guest" dev "$tap"
+fi
 mount --bind resolv.conf /etc/resolv.conf
 exec "$@"
 """
@@ -58,8 +77,11 @@ exec "$@"
 class Nat:
     """The way out of one machine, and into it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, tap: str = "") -> None:
+        """``tap``: the name of a TAP device for the machine; empty: it has a network within."""
         self._directory = directory
+        self._tap = tap
+        self._network = usernet.NETWORK if tap else _NETWORK
         self._slirp4netns = find_tool("slirp4netns", "slirp4netns")
         self._ids: dict[int, int] = {}
         self._process: MachineProcess | None = None
@@ -79,6 +101,9 @@ class Nat:
             "ready": str(self._told_ready),
             "go": str(self._wait_to_go),
             "unreachable": " ".join(_addresses_of_host()),
+            "tap": self._tap,
+            "guest": usernet.GUEST_ADDRESS,
+            "gateway_mac": usernet.GATEWAY_MAC,
             # Administrators' programs, which an ordinary user's PATH may leave out.
             "PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin",
         }
@@ -118,7 +143,7 @@ class Nat:
             self._process = MachineProcess(
                 [
                     self._slirp4netns,
-                    *("--configure", "--mtu=65520", f"--cidr={_NETWORK}"),
+                    *("--configure", "--mtu=65520", f"--cidr={self._network}"),
                     "--disable-host-loopback",
                     f"--ready-fd={tell_configured}",
                     f"--api-socket={_SOCKET}",
@@ -205,6 +230,18 @@ class Nat:
             raise SmolVMError(str(answer["error"].get("desc", answer["error"])))
         result: dict[str, Any] = answer.get("return") or {}
         return result
+
+
+def nat_for(spec: MachineSpec, tap: str = "") -> Nat | None:
+    """The way out of that machine; None: it has none."""
+    if spec.network == "isolated":
+        return None
+    try:
+        return Nat(spec.directory, tap)
+    except ToolError as error:
+        raise BackendError(
+            f"network='nat' cannot be had: {error.message}", {"network": spec.network}
+        ) from error
 
 
 def _addresses_of_host() -> list[str]:

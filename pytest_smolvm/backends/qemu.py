@@ -16,7 +16,7 @@ from pathlib import Path
 from pytest_smolvm import diagnosis
 from pytest_smolvm.backends.base import MachineEnd, MachineSpec
 from pytest_smolvm.backends.console import Console
-from pytest_smolvm.backends.nat import Nat
+from pytest_smolvm.backends.nat import Nat, nat_for
 from pytest_smolvm.backends.qemu_args import (
     Architecture,
     kernel_command_line,
@@ -25,7 +25,7 @@ from pytest_smolvm.backends.qemu_args import (
 )
 from pytest_smolvm.backends.qmp import Monitor
 from pytest_smolvm.confinement import Limits
-from pytest_smolvm.disks import Disk, Image, size_of
+from pytest_smolvm.disks import Disk, Image, ImageFormat, size_of
 from pytest_smolvm.errors import BackendError, OperationTimeoutError, SmolVMError
 from pytest_smolvm.process import Deadline, MachineProcess, ToolError, run_tool
 from pytest_smolvm.usernet import GUEST_ADDRESS
@@ -45,18 +45,20 @@ class QemuBackend:
 
     name = "qemu"
     can_restore = True
+    disk_format: ImageFormat = "qcow2"
+    saves_memory_apart = False
 
     def __init__(
         self,
         binary: str,
         architecture: Architecture,
         accelerator: str,
-        why_not: tuple[str, ...] = (),
+        reasons: tuple[str, ...] = (),
     ) -> None:
         self.binary = binary
         self.architecture = architecture
         self.accelerator = accelerator
-        self.why_not = why_not
+        self.reasons = reasons
 
     def version(self) -> str:
         facts = Path(self.binary).stat()
@@ -68,7 +70,7 @@ class QemuBackend:
         logger.debug("%s: boot arguments asked for: %s", spec.vm_id, spec.boot_args)
         logger.debug("%s: kernel command line: %s", spec.vm_id, settled)
         _check_kernel(spec.kernel, self.architecture)
-        nat = _nat_for(spec)
+        nat = nat_for(spec)
         with contextlib.ExitStack() as ours_only:
             with contextlib.ExitStack() as handed_over:
                 monitor, monitor_fd = _socket_pair(ours_only, handed_over)
@@ -150,17 +152,6 @@ def _limits_of(spec: MachineSpec) -> Limits:
         # The tables of a qcow2 file take a part of 1/4000.
         file_bytes=max(disk + disk // 100, memory) + _OWN_FILE_BYTES,
     )
-
-
-def _nat_for(spec: MachineSpec) -> Nat | None:
-    if spec.network == "isolated":
-        return None
-    try:
-        return Nat(spec.directory)
-    except ToolError as error:
-        raise BackendError(
-            f"network='nat' cannot be had: {error.message}", {"network": spec.network}
-        ) from error
 
 
 def _not_forwarded(host_port: int, guest_port: int, why: str) -> SmolVMError:
@@ -253,7 +244,8 @@ class QemuMachine:
             ignore_shared=not self._has_shared_memory,
         )
 
-    def save(self, state: Path, deadline: Deadline) -> None:
+    def save(self, state: Path, deadline: Deadline, memory: Path | None = None) -> None:
+        assert memory is None  # noqa: S101 - not saves_memory_apart
         self._monitor.execute("migrate-set-parameters", {"max-bandwidth": _MAX_BANDWIDTH})
         descriptor = os.open(state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
@@ -289,6 +281,17 @@ class QemuMachine:
     @property
     def port(self) -> socket.socket:
         return self._port
+
+    def open_port(self, deadline: Deadline) -> socket.socket:  # noqa: ARG002
+        return self._port  # there from the start
+
+    def resume_with(self, message: bytes, deadline: Deadline) -> None:
+        self._port.settimeout(max(0.01, deadline.remaining_s()))
+        try:
+            self._port.sendall(message)
+        finally:
+            self._port.settimeout(None)
+        self.resume()
 
     @property
     def pid(self) -> int:
@@ -352,6 +355,10 @@ class QemuMachine:
     def resume(self) -> None:
         self._monitor.io_error = ""
         self._monitor.execute("cont")
+
+    @property
+    def power_off_program(self) -> str:
+        return "poweroff"
 
     def press_power_button(self) -> None:
         self._monitor.execute("system_powerdown")

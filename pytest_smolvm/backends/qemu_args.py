@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from typing import Any
 
-from pytest_smolvm.backends import nat
+from pytest_smolvm.backends import kernel_args, nat
 from pytest_smolvm.backends.base import PORT_NAME, MachineSpec
 from pytest_smolvm.disks import Disk, Image
 from pytest_smolvm.usernet import GUEST_ADDRESS, NETWORK
@@ -69,9 +68,7 @@ def qemu_argv(
     ``port_fd``, its console to ``console_fd``.
     """
     command_line = kernel_command_line(spec.boot_args, architecture, spec.disk.read_only)
-    if not re.search(r"(^|\s)hostname=", command_line):
-        # Linux from 5.19 on takes it; before that, it is one more variable for init.
-        command_line += f" hostname={spec.vm_id}"
+    command_line = kernel_args.with_host_name(command_line, spec.vm_id)
     accelerator = spec.accelerator
     if accelerator == "tcg" and spec.vcpu_count > 1:
         # With a thread per virtual CPU, QEMU 7.2 lets one CPU run code that
@@ -149,39 +146,19 @@ def _memory_arguments(spec: MachineSpec, architecture: Architecture) -> list[str
 def kernel_command_line(boot_args: str, architecture: Architecture, read_only: bool) -> str:
     """What goes on the kernel's command line for the boot that ``boot_args`` ask for.
 
-    * ``pci=off`` goes: the disk, the network and the console are on PCI.
-    * A serial console is the one that the machine has (``ttyS0``, ``ttyAMA0``),
-      and is there even if nobody asked: errors quote it.
-    * ``reboot=k`` becomes ``reboot=t`` on x86: there is no keyboard controller
-      to reset through, and trying costs more than a second.
-    * ``root=/dev/vda``, ``panic=1`` and ``rw`` are added where nothing is said
-      about root, panic, and reading or writing; a read-only disk means ``ro``.
+    Beyond what ``kernel_args`` tells of: ``pci=off`` goes, since the disk, the network and the
+    console are on PCI; ``reboot=k`` becomes ``reboot=t`` on x86: there is no keyboard controller
+    to reset through, and trying costs more than a second.
     """
-    words = []
-    for word in boot_args.split():
-        if word == "pci=off":
-            continue
-        serial = re.fullmatch(r"console=(?:ttyS|ttyAMA)\d+(,.*)?", word)
-        if serial:
-            word = f"console={architecture.console}{serial.group(1) or ''}"
-        elif word == "reboot=k" and architecture.name == "x86_64":
-            word = "reboot=t"
-        elif word in ("rw", "ro") and read_only:
-            word = "ro"
-        words.append(word)
-
-    def says(*prefixes: str) -> bool:
-        return any(word.startswith(prefixes) for word in words)
-
-    if not says(f"console={architecture.console}"):
-        words.insert(0, f"console={architecture.console}")
-    if not says("root="):
-        words.append("root=/dev/vda")
-    if not {"rw", "ro"} & set(words):
-        words.append("ro" if read_only else "rw")
-    if not says("panic="):
-        words.append("panic=1")
-    return " ".join(words)
+    return kernel_args.kernel_command_line(
+        boot_args,
+        console=architecture.console,
+        read_only=read_only,
+        replaced={
+            "pci=off": None,
+            **({"reboot=k": "reboot=t"} if architecture.name == "x86_64" else {}),
+        },
+    )
 
 
 def _disk_arguments(disk: Disk) -> list[str]:

@@ -20,7 +20,7 @@ def describe_host(settings: Settings) -> str:
 
 def describe_backend(backend: Backend) -> str:
     """Such as ``qemu 7.2.22, tcg (not kvm: there is no /dev/kvm)``."""
-    reasons = f" ({'; '.join(backend.why_not)})" if backend.why_not else ""
+    reasons = f" ({'; '.join(backend.reasons)})" if backend.reasons else ""
     return f"{backend.name} {backend.version()}".rstrip() + f", {backend.accelerator}{reasons}"
 
 

@@ -119,7 +119,7 @@ class FakeBackend:
 
     name = "fake"
     accelerator = "none"
-    why_not = ("not kvm: it is a fake",)
+    reasons = ("not kvm: it is a fake",)
     can_restore = False
 
     def version(self) -> str:

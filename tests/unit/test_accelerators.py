@@ -15,6 +15,7 @@ from pytest_smolvm import BackendError
 from pytest_smolvm.backends import accelerators, choose
 from pytest_smolvm.backends.accelerators import report_accelerator
 from pytest_smolvm.backends.qemu_args import ARCHITECTURES
+from pytest_smolvm.plugin.header import describe_backend
 from pytest_smolvm.store import Store
 
 X86 = ARCHITECTURES["x86_64"]
@@ -158,8 +159,58 @@ def test_firecracker_is_refused_with_all_that_is_missing(
     if shutil.which("firecracker") is None:
         assert "no program called 'firecracker' is on PATH" in text
     assert "needs KVM, and there is no /dev/kvm" in text
-    assert "does not drive Firecracker yet" in text
     assert "backend='qemu'" in text
+
+
+@pytest.fixture
+def firecracker_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kvm_device: Path) -> str:
+    """A Firecracker on PATH, and a QEMU whose KVM runs the probe; the first's path."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    for name, body in {
+        "firecracker": "echo 'Firecracker v1.16.1'",
+        "qemu-system-x86_64": "exit 85",
+    }.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    return str(folder / "firecracker")
+
+
+@pytest.mark.parametrize("backend", [None, "auto", "firecracker"])
+def test_firecracker_is_taken_where_it_is_there_and_kvm_ran_a_guest(
+    store: Store, firecracker_here: str, backend: str | None
+) -> None:
+    found = choose(store, backend)
+    assert (found.name, found.accelerator, found.version()) == ("firecracker", "kvm", "1.16.1")
+    assert describe_backend(found) == (
+        f"firecracker 1.16.1, kvm ({firecracker_here}, on a KVM that ran a guest)"
+    )
+
+
+def test_what_firecracker_cannot_do_is_left_to_qemu_and_told(
+    store: Store, firecracker_here: str
+) -> None:
+    found = choose(store, not_on_firecracker=["it knits no pullovers"])
+    assert (found.name, found.accelerator) == ("qemu", "kvm")
+    assert "(not firecracker: it knits no pullovers)" in describe_backend(found)
+    with pytest.raises(BackendError, match="cannot be used here: it knits no pullovers"):
+        choose(store, "firecracker", not_on_firecracker=["it knits no pullovers"])
+    assert choose(store, "qemu").name == "qemu"
+    assert choose(store, accelerator="tcg").name == "qemu"
+    with pytest.raises(BackendError, match=r"runs on KVM only, and .* 'tcg'"):
+        choose(store, "firecracker", accelerator="tcg")
+
+
+def test_firecracker_is_not_taken_where_kvm_ran_no_guest(
+    store: Store, firecracker_here: str
+) -> None:
+    qemu = Path(firecracker_here).with_name("qemu-system-x86_64")
+    qemu.write_text("#!/bin/sh\necho 'failed to set MSR' >&2; exit 134\n")
+    found = choose(store)
+    assert (found.name, found.accelerator) == ("qemu", "tcg")
+    with pytest.raises(BackendError, match=r"needs KVM, and .*failed to set MSR"):
+        choose(store, "firecracker")
 
 
 def test_without_qemu_the_error_names_the_package(

@@ -64,6 +64,30 @@ def test_a_host_without_qemu(own_state: Path, tmp_path: Path) -> None:
     assert ("note", "slirp4netns is not installed") in grades(findings, "tools")
 
 
+@pytest.mark.parametrize(
+    ("version", "text"),
+    [
+        ("1.16.1", "cannot run: it needs KVM, which cannot be used"),
+        ("1.4.0", "is of no use: Firecracker 1.4.0 is too old"),
+        ("nonsense", "is of no use: Firecracker says that its version is ''"),
+    ],
+)
+def test_a_firecracker_that_is_there(
+    own_state: Path, tmp_path: Path, version: str, text: str
+) -> None:
+    fake = tmp_path / "firecracker"
+    fake.write_text(f"#!/bin/sh\necho Firecracker v{version}\n")
+    fake.chmod(0o755)
+    # Whatever KVM is good for here, it cannot be opened.
+    qemu = tmp_path / "qemu-system-x86_64"
+    qemu.write_text('#!/bin/sh\ncase "$*" in *kvm*) exit 1 ;; esac\nexit 85\n')
+    qemu.chmod(0o755)
+    _, findings = doctor(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    ((grade, told),) = grades(findings, "firecracker")
+    assert grade == "note"
+    assert told.startswith(f"{fake} {text}")
+
+
 def test_an_emulator_that_emulates_nothing(own_state: Path, tmp_path: Path) -> None:
     fake = tmp_path / "qemu-system-x86_64"
     fake.write_text("#!/bin/sh\necho no good >&2; exit 3\n")
