@@ -21,6 +21,8 @@ _FILES = (
     ("commands.jsonl", "the commands that were run in it: exit codes, times, output"),
     ("commands.1.jsonl", "the same, older ones"),
     ("machine.log", "what the emulator itself printed"),
+    ("firecracker.log", "what Firecracker logged"),
+    ("firecracker.metrics", "what Firecracker counted, as JSON"),
 )
 
 

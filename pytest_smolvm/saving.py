@@ -117,6 +117,11 @@ class Saving(ABC):
             return f"the backend {self._backend.name!r} cannot save machines"
         if self._config.disk_mode != "isolated":
             return "its disk is shared with other VMs (disk_mode='isolated' gives it its own)"
+        if self._spec is not None and self._spec.disk.image.format != self._backend.disk_format:
+            return (
+                f"its disk was made by another backend, as {self._spec.disk.image.format}; one of "
+                f"{self._backend.name}'s own is {self._backend.disk_format}"
+            )
         if not self._manifest().agent:
             return (
                 f"the image {self._config.rootfs_path} lacks the agent that a restored guest "

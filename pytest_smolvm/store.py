@@ -233,7 +233,7 @@ class Store:
                 record = read_record(path)
                 if record is None or record.retained is None or record.keep_disk:
                     return
-                for disk in path.glob("*.qcow2"):
+                for disk in [*path.glob("*.qcow2"), *path.glob("*.raw")]:
                     disk.unlink()
                 record.retained = record.retained.model_copy(update={"without_disk": why})
                 _write_kept(path, record)

@@ -126,7 +126,13 @@ class FirecrackerProcess:
                 all_of_it.callback(self._console.finish)
             if self._nat is not None:
                 all_of_it.callback(self._nat.close)
+            all_of_it.callback(self._leave)
             self.stop()
+
+    def _leave(self) -> None:
+        for name in (API_SOCKET, VSOCK):
+            (self.room.directory / name).unlink(missing_ok=True)
+        self.room.leave()
 
     def stop(self) -> None:
         """End it now; what is to be known of its end can be asked still."""

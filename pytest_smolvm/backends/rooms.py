@@ -48,6 +48,10 @@ class Room(Protocol):
         """End the process, and see it ended."""
         ...
 
+    def leave(self) -> None:
+        """Remove what nobody needs once the process has ended."""
+        ...
+
     def bring(self, path: Path, *, writable: bool = False) -> str:
         """Have a file be in reach of the process; returns what that calls it."""
         ...
@@ -98,6 +102,9 @@ class OpenRoom:
 
     def end(self, process: MachineProcess) -> None:
         process.kill()
+
+    def leave(self) -> None:
+        """All that is there is the VM's."""
 
     def bring(self, path: Path, *, writable: bool = False) -> str:  # noqa: ARG002
         path = path.absolute()
@@ -156,6 +163,9 @@ class Jail:
                 os.kill(int(child), signal.SIGKILL)
             process.wait(_END_TIMEOUT_S)
         process.kill()
+
+    def leave(self) -> None:
+        shutil.rmtree(self._base, ignore_errors=True)
 
     def bring(self, path: Path, *, writable: bool = False) -> str:
         name = path.name

@@ -311,6 +311,27 @@ def test_a_forwarded_port_ends_where_nobody_listens_in_the_guest(tmp_path: Path)
     assert forwards.guest_ports == {}
 
 
+def test_a_disk_that_it_kept_is_opened_by_qemu(
+    standin: StandIn, micro_config: VMConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = changed(micro_config, vm_id="vm-moves", retain_disk_on_delete=True)
+    with monkeypatch.context() as patch:
+        backend = standin()
+        patch.setattr(vm, "choose", lambda *_, **__: backend)
+        with SmolVM(config) as machine:
+            machine.run("echo kept > /root/kept").check()
+    assert (shared_store().vms / "vm-moves/disk.raw").exists()
+    with SmolVM(config, backend="qemu") as again:
+        assert again.run("cat /root/kept").output == "kept"
+        with pytest.raises(SmolVMError, match="made by another backend, as raw"):
+            again.snapshot()
+    with monkeypatch.context() as patch:
+        patch.setattr(vm, "choose", lambda *_, **__: backend)
+        with SmolVM(config) as at_home:
+            assert at_home.run("cat /root/kept").output == "kept"
+    shared_store().remove("vm-moves")
+
+
 # -- disks ---------------------------------------------------------------------------
 
 

@@ -77,6 +77,7 @@ def test_a_life_in_jail(micro_config: VMConfig, tmp_path: Path) -> None:
         assert first.run("cat /root/stays").output == "stays"
         first.stop()
         wait_until_gone(first.directory)
+        assert not (first.directory / "jail").exists(), "what was brought there is copies"
         first.start()
         assert first.run("cat /root/stays").output == "stays"
         directory = first.directory

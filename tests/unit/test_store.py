@@ -197,10 +197,15 @@ def test_only_what_was_kept_is_removed_on_request(store: Store) -> None:
             store.remove(wrong)
 
 
-def test_a_disk_can_be_dropped_and_the_rest_says_so(store: Store) -> None:
+@pytest.mark.parametrize("name", ["disk.qcow2", "disk.raw"])
+def test_a_disk_can_be_dropped_and_the_rest_says_so(store: Store, name: str) -> None:
     path = keep(store, "vm-1")
+    (path / "disk.qcow2").rename(path / name)
+    reopened = store.claim("vm-1", reopen=True)
+    assert reopened.disk == path / name
+    reopened.release()
     store.drop_disk("vm-1", "the budget is spent")
-    assert not (path / "disk.qcow2").exists()
+    assert not (path / name).exists()
     assert "the budget is spent" in (path / "README.txt").read_text()
 
 
