@@ -196,9 +196,9 @@ def test_one_that_never_answers_is_waited_for_no_longer_than_a_request_may_take(
 ) -> None:
     if fault == "drips" and path == "/actions":
         path = "/entropy"  # one that starts no guest
-    monkeypatch.setattr(api, "REQUEST_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(api.Api.put, "__defaults__", (0.5,))
-    with pytest.raises(OperationTimeoutError, match=f"{path} was not done within 0.5 s"):
+    monkeypatch.setattr(api, "REQUEST_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(api.Api.put, "__defaults__", (2.0,))
+    with pytest.raises(OperationTimeoutError, match=f"{path} was not done within 2 s"):
         standin(f"--standin-fault={fault}:{path}").launch(spec, Deadline(20))
     wait_until_gone(spec.directory)
 
@@ -280,7 +280,7 @@ class _Vsock:
 def test_a_port_on_which_nobody_listens_is_tried_until_the_deadline(tmp_path: Path) -> None:
     server = _Vsock(tmp_path / "v.sock", None)
     with pytest.raises(OperationTimeoutError, match="vsock port 1025"):
-        vsock.connect(str(tmp_path / "v.sock"), 1025, Deadline(0.3))
+        vsock.connect(str(tmp_path / "v.sock"), 1025, Deadline(1.0))
     assert len(server.heard) > 1
     assert set(server.heard) == {b"CONNECT 1025\n"}
 
