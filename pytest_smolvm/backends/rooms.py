@@ -71,19 +71,26 @@ def room_for(directory: Path, vm_id: str, binary: str) -> Room:
     if not wanted:
         return OpenRoom(directory)
     found = re.fullmatch(r"(\d+):(\d+)", wanted)
-    if found is None or "0" in found.groups():
+    if found is None or 0 in map(int, found.groups()):
         raise BackendError(
             f"{VARIABLE}={wanted!r} is not valid: give a user and a group that are not root, as "
             "numbers, such as 1000:1000; or unset it, to go without the jailer"
         )
     if os.geteuid() != 0:
         raise BackendError(f"{VARIABLE} asks for Firecracker's jailer, which takes root")
+    jailer = shutil.which("jailer")
+    if jailer is None:
+        raise BackendError(
+            f"{VARIABLE} asks for Firecracker's jailer, and no program called 'jailer' is on PATH: "
+            "it comes with each release of Firecracker"
+        )
     try:
-        jailer = find_tool("jailer", "firecracker, which brings it along: put it on PATH")
         unshare = find_tool("unshare", "util-linux")
     except ToolError as error:
         raise BackendError(f"{VARIABLE} cannot be done: {error.message}") from error
-    return Jail(directory, vm_id, binary, jailer, unshare, int(found[1]), int(found[2]))
+    # The jail is called after the program, as it is called where links lead.
+    program = str(Path(binary).resolve())
+    return Jail(directory, vm_id, program, jailer, unshare, int(found[1]), int(found[2]))
 
 
 class OpenRoom:
@@ -132,6 +139,7 @@ class Jail:
         user: int,
         group: int,
     ) -> None:
+        self._binary = binary
         self._base = directory / "jail"
         # <base>/<name of the program>/<id>/root, as the jailer has it.
         self.directory = self._base / Path(binary).name / vm_id / "root"
@@ -141,11 +149,11 @@ class Jail:
         self._jailer, self._unshare = jailer, unshare
         self._user, self._group = user, group
 
-    def command(self, binary: str, vm_id: str, arguments: Sequence[str]) -> list[str]:
+    def command(self, binary: str, vm_id: str, arguments: Sequence[str]) -> list[str]:  # noqa: ARG002
         return [
             *(self._unshare, "--pid", "--fork", "--kill-child", "--"),
             *("sh", "-c", _FIRST, "sh"),
-            *(self._jailer, "--id", vm_id, "--exec-file", binary),
+            *(self._jailer, "--id", vm_id, "--exec-file", self._binary),
             *("--uid", str(self._user), "--gid", str(self._group)),
             *("--chroot-base-dir", str(self._base), "--cgroup-version", "2"),
             *("--", *arguments),

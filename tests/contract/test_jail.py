@@ -31,7 +31,7 @@ for name in ("id", "exec-file", "uid", "gid", "chroot-base-dir", "cgroup-version
 parser.add_argument("rest", nargs="*")
 options = parser.parse_args()
 program = Path(options.exec_file)
-assert "firecracker" in program.name
+assert "firecracker" in program.name and not program.is_symlink()
 root = Path(options.chroot_base_dir, program.name, options.id, "root")
 root.mkdir(parents=True, exist_ok=True)
 (root / "dev").mkdir()  # fails in a jail that was used before
@@ -48,8 +48,12 @@ def jailed(
     if os.geteuid() != 0:
         pytest.skip("the jailer takes root")
     folder = tmp_path / "programs"
-    binary = write_standin(
-        folder / "firecracker",
+    # Installed as releases are: a link to what has the release in its name.
+    folder.mkdir()
+    (folder / "firecracker").symlink_to("firecracker-v1.16.1")
+    binary = folder / "firecracker"
+    write_standin(
+        folder / "firecracker-v1.16.1",
         f"--standin-record={tmp_path / 'record'}",
         f"--standin-kernel={micro_config.kernel_path}",
         f"--standin-initrd={micro_config.effective_initrd_path()}",
@@ -67,7 +71,7 @@ def jailed(
 @pytest.mark.usefixtures("jailed", "no_templates")
 def test_a_life_in_jail(micro_config: VMConfig, tmp_path: Path) -> None:
     with SmolVM(micro_config) as first:
-        jail = first.directory / "jail/firecracker" / first.vm_id / "root"
+        jail = first.directory / "jail/firecracker-v1.16.1" / first.vm_id / "root"
         assert processes_in(jail)
         assert jail.stat().st_uid == USER
         assert {path.stat().st_uid for path in jail.glob("*disk*")} == {USER}
@@ -126,7 +130,7 @@ def test_a_jailed_one_does_not_outlive_its_owner(
     assert not directory.exists()
 
 
-@pytest.mark.parametrize("value", ["yes", "0:0", "1000:0", "1000", "-1:5", "root:root"])
+@pytest.mark.parametrize("value", ["yes", "0:0", "1000:0", "00:5", "1000", "-1:5", "root:root"])
 def test_a_wrong_value_is_answered_with_a_right_one(
     jailed: FirecrackerBackend,
     micro_config: VMConfig,
@@ -146,6 +150,10 @@ def test_what_cannot_be_had_in_jail_is_said(
 ) -> None:
     with pytest.raises(BackendError, match="'nat' and the jailer cannot be had together"):
         SmolVM(changed(micro_config, network="nat"), restore=False).start()
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        with pytest.raises(BackendError, match="no program called 'jailer' is on PATH"):
+            SmolVM(changed(micro_config, vm_id="vm-unjailed"), restore=False).start()
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(BackendError, match="jailer, which takes root"):
         SmolVM(changed(micro_config, vm_id="vm-nobody"), restore=False).start()
