@@ -62,6 +62,7 @@ class FakeMachine:
         """It never does."""
 
     has_given_sign = True
+    power_off_program = "poweroff"
 
     def flush_console(self) -> None:
         """There is nothing."""
@@ -121,6 +122,8 @@ class FakeBackend:
     accelerator = "none"
     reasons = ("not kvm: it is a fake",)
     can_restore = False
+    disk_format = "qcow2"
+    saves_memory_apart = False
 
     def version(self) -> str:
         return "1.0"
