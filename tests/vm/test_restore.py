@@ -25,7 +25,7 @@ def templates_in(state: Path) -> list[Path]:
 
 
 @pytest.fixture
-def template(no_templates: Path, micro_config: VMConfig) -> Path:
+def template(as_in_a_new_process: None, no_templates: Path, micro_config: VMConfig) -> Path:
     """The directory of the one template in a state directory, fresh from its maker."""
     with SmolVM(micro_config) as vm:
         assert not vm.restored
@@ -38,7 +38,9 @@ def template(no_templates: Path, micro_config: VMConfig) -> Path:
 
 @pytest.fixture(autouse=True)
 def as_in_a_new_process() -> Iterator[None]:
-    """What this process has found out about templates is forgotten."""
+    """What this process has found out about templates, in other tests too, is forgotten."""
+    _checked.clear()
+    _failures.clear()
     yield
     _checked.clear()
     _failures.clear()
