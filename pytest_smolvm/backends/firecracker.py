@@ -20,8 +20,9 @@ from pytest_smolvm.backends import firecracker_api as api
 from pytest_smolvm.backends import kernel_args, vsock
 from pytest_smolvm.backends.base import MachineEnd, MachineSpec
 from pytest_smolvm.backends.firecracker_process import TAP, VSOCK, FirecrackerProcess
+from pytest_smolvm.backends.forwarded import check_forwarded
 from pytest_smolvm.disks import ImageFormat
-from pytest_smolvm.errors import BackendError, OperationTimeoutError, SmolVMError
+from pytest_smolvm.errors import BackendError, OperationTimeoutError
 from pytest_smolvm.images.guestfiles import WITHOUT_PCI
 from pytest_smolvm.process import Deadline, ToolError, find_tool, run_tool
 
@@ -321,12 +322,7 @@ class FirecrackerMachine:
         return {host: guest for host, guest in ports.items() if host != self._ssh_port}
 
     def unforward(self, host_port: int) -> None:
-        if host_port not in self.forwards:
-            raise SmolVMError(
-                f"port {host_port} of 127.0.0.1 is not forwarded to this VM: the forwarded ones "
-                f"are {sorted(self.forwards) or 'none'}",
-                {"host_port": host_port, "forwarded": sorted(self.forwards)},
-            )
+        check_forwarded(host_port, self.forwards)
         self._forwards.close(host_port)
 
     def quit(self, timeout_s: float) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from pytest_smolvm import diagnosis
 from pytest_smolvm.backends.base import MachineEnd, MachineSpec
 from pytest_smolvm.backends.console import Console
+from pytest_smolvm.backends.forwarded import cannot_forward, check_forwarded
 from pytest_smolvm.backends.nat import Nat, nat_for
 from pytest_smolvm.backends.qemu_args import (
     Architecture,
@@ -151,15 +152,6 @@ def _limits_of(spec: MachineSpec) -> Limits:
         data_bytes=memory + _OWN_MEMORY_BYTES,
         # The tables of a qcow2 file take a part of 1/4000.
         file_bytes=max(disk + disk // 100, memory) + _OWN_FILE_BYTES,
-    )
-
-
-def _not_forwarded(host_port: int, guest_port: int, why: str) -> SmolVMError:
-    return SmolVMError(
-        f"port {host_port} of 127.0.0.1 cannot be forwarded to port {guest_port} of the "
-        f"guest: it is in use, or not allowed; give another host_port, or None for any "
-        f"free one (QEMU: {why})",
-        {"host_port": host_port, "guest_port": guest_port},
     )
 
 
@@ -380,7 +372,7 @@ class QemuMachine:
             f"hostfwd_add net0 tcp:{self._listens_on}:{inner_port}-{GUEST_ADDRESS}:{guest_port}"
         ).strip()
         if answer:
-            raise _not_forwarded(host_port, guest_port, answer)
+            raise cannot_forward(host_port, guest_port, f"QEMU: {answer}")
         new = set(self._host_forwards()) - set(before)
         port = next(host for host, guest in new if guest == guest_port)
         if self._nat is not None:
@@ -388,7 +380,7 @@ class QemuMachine:
                 port, inner_port = self._nat.forward(port, host_port), port
             except SmolVMError as error:
                 self._monitor.human(f"hostfwd_remove net0 tcp:{self._listens_on}:{port}")
-                raise _not_forwarded(host_port, guest_port, error.message) from error
+                raise cannot_forward(host_port, guest_port, f"QEMU: {error.message}") from error
             self._inner_ports[port] = inner_port
         self._forwards[port] = guest_port
         return port
@@ -398,12 +390,7 @@ class QemuMachine:
         return dict(self._forwards)
 
     def unforward(self, host_port: int) -> None:
-        if host_port not in self._forwards:
-            raise SmolVMError(
-                f"port {host_port} of 127.0.0.1 is not forwarded to this VM: the forwarded ones "
-                f"are {sorted(self._forwards) or 'none'}",
-                {"host_port": host_port, "forwarded": sorted(self._forwards)},
-            )
+        check_forwarded(host_port, self._forwards)
         if self._nat is not None:
             self._nat.unforward(host_port)
         inner_port = self._inner_ports.pop(host_port, host_port)

@@ -15,7 +15,8 @@ import struct
 import time
 from collections.abc import Callable
 
-from pytest_smolvm.errors import BackendError, OperationTimeoutError, SmolVMError
+from pytest_smolvm.backends.forwarded import cannot_forward
+from pytest_smolvm.errors import BackendError, OperationTimeoutError
 from pytest_smolvm.hostloop import await_result, call_on_host_loop
 from pytest_smolvm.process import Deadline, wait_readable
 
@@ -109,12 +110,7 @@ class Forwards:
                 serve(), operation="listening on 127.0.0.1", timeout_s=_OPEN_TIMEOUT_S
             )
         except (OSError, OverflowError) as error:
-            raise SmolVMError(
-                f"port {host_port} of 127.0.0.1 cannot be forwarded to port {guest_port} of the "
-                "guest: it is in use, or not allowed; give another host_port, or None for any "
-                f"free one ({error})",
-                {"host_port": host_port, "guest_port": guest_port},
-            ) from error
+            raise cannot_forward(host_port, guest_port, str(error)) from error
         port: int = server.sockets[0].getsockname()[1]
         self._servers[port] = server
         self._guest_ports[port] = guest_port
