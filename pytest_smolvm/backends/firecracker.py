@@ -7,10 +7,7 @@ be loaded in another directory. The way into the guest is vsock, which takes no 
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
 import os
-import re
 import socket
 import threading
 from collections.abc import Callable
@@ -21,18 +18,17 @@ from pytest_smolvm.backends import kernel_args, vsock
 from pytest_smolvm.backends.base import MachineEnd, MachineSpec
 from pytest_smolvm.backends.firecracker_process import TAP, VSOCK, FirecrackerProcess
 from pytest_smolvm.backends.forwarded import check_forwarded
+from pytest_smolvm.backends.versions import version_of
 from pytest_smolvm.disks import ImageFormat
 from pytest_smolvm.errors import BackendError, OperationTimeoutError
 from pytest_smolvm.images.guestfiles import WITHOUT_PCI
 from pytest_smolvm.process import Deadline, ToolError, find_tool, run_tool
 
-logger = logging.getLogger(__name__)
-
 _DISK = "root"
 _CARD = "eth0"
 _MAC_ADDRESS = "52:54:00:12:34:56"
 """Each guest is alone on its network."""
-_CONSOLES = {"x86_64": "ttyS0", "aarch64": "ttyS0"}
+_CONSOLE = "ttyS0"  # on aarch64, too
 _HOLES_TIMEOUT_S = 60.0
 
 
@@ -51,8 +47,7 @@ class FirecrackerBackend:
         self.reasons: tuple[str, ...] = (f"{binary}, on a KVM that ran a guest",)
 
     def version(self) -> str:
-        facts = Path(self.binary).stat()
-        return _version_of(self.binary, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+        return version_of(self.binary, r"v(\d[\w.-]*)")
 
     def launch(self, spec: MachineSpec, deadline: Deadline) -> FirecrackerMachine:
         """Start Firecracker and have it start the machine, which boots on while this returns."""
@@ -74,26 +69,15 @@ class FirecrackerBackend:
         ]
         return [
             *(self.name, self.version(), self.accelerator, spec.network),
-            _command_line(spec, self.architecture, host_name="vm"),
+            _command_line(spec, host_name="vm"),
             *(request.model_dump_json() for request in requests),
         ]
 
 
-@functools.cache
-def _version_of(binary: str, *_facts: int) -> str:
-    try:
-        text = run_tool([binary, "--version"], timeout_s=10)
-    except ToolError as error:
-        logger.debug("%s", error)
-        return ""
-    found = re.search(r"v(\d[\w.-]*)", text)
-    return found[1] if found else ""
-
-
-def _command_line(spec: MachineSpec, architecture: str, host_name: str) -> str:
+def _command_line(spec: MachineSpec, host_name: str) -> str:
     settled = kernel_args.kernel_command_line(
         spec.boot_args,
-        console=_CONSOLES[architecture],
+        console=_CONSOLE,
         read_only=spec.disk.read_only,
         replaced={},
     )
@@ -142,7 +126,7 @@ class FirecrackerMachine:
                 api.BootSource(
                     kernel_image_path=self._process.room.bring(spec.kernel),
                     initrd_path=self._process.room.bring(spec.initrd) if spec.initrd else None,
-                    boot_args=_command_line(spec, self._architecture, spec.vm_id),
+                    boot_args=_command_line(spec, spec.vm_id),
                 ),
             )
             ask.put(

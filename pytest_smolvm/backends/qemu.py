@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import os
 import re
@@ -25,10 +24,11 @@ from pytest_smolvm.backends.qemu_args import (
     qemu_argv,
 )
 from pytest_smolvm.backends.qmp import Monitor
+from pytest_smolvm.backends.versions import version_of
 from pytest_smolvm.confinement import Limits
 from pytest_smolvm.disks import Disk, Image, ImageFormat, size_of
 from pytest_smolvm.errors import BackendError, OperationTimeoutError, SmolVMError
-from pytest_smolvm.process import Deadline, MachineProcess, ToolError, run_tool
+from pytest_smolvm.process import Deadline, MachineProcess
 from pytest_smolvm.usernet import GUEST_ADDRESS
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,7 @@ class QemuBackend:
         self.reasons = reasons
 
     def version(self) -> str:
-        facts = Path(self.binary).stat()
-        return _version_of(self.binary, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+        return version_of(self.binary, r"version (\d[\w.]*)")
 
     def launch(self, spec: MachineSpec, deadline: Deadline) -> QemuMachine:
         """Start QEMU and greet it; the guest boots on while this returns."""
@@ -131,17 +130,6 @@ class QemuBackend:
             anonymous, self.architecture, binary="qemu", monitor_fd=0, port_fd=0, console_fd=0
         )
         return [self.name, self.version(), self.accelerator, *argv]
-
-
-@functools.cache
-def _version_of(binary: str, *_facts: int) -> str:
-    try:
-        text = run_tool([binary, "--version"], timeout_s=10)
-    except ToolError as error:
-        logger.debug("%s", error)
-        return ""
-    found = re.search(r"version (\d[\w.]*)", text)
-    return found[1] if found else ""
 
 
 def _limits_of(spec: MachineSpec) -> Limits:
